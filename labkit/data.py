@@ -1,0 +1,126 @@
+"""The course's data sets, each a `datasets.DatasetDict` with train, validation and test, in the schema of its twin on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from labkit.catalog import entry
+from labkit.files import DATA
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+SPLITS = ("train", "validation", "test")
+HUB_VALIDATION_ROWS = 1000
+
+
+def load_reviews() -> DatasetDict:
+    """Movie reviews: `text`, `label` (0 neg, 1 pos) and, offline, `rating` (1 to 4 or 7 to 10). Twin: stanfordnlp/imdb."""
+    return _load("reviews", {"rating": "int32"})
+
+
+def load_news() -> DatasetDict:
+    """News briefs: `text`, `label` (0 World, 1 Sports, 2 Business, 3 Sci/Tech). Twin: fancyzhx/ag_news."""
+    return _load("news", {})
+
+
+def load_folder(folder: Path, labels: tuple[str, ...], extra: dict[str, str] | None = None) -> DatasetDict:
+    """Load train.jsonl, validation.jsonl and test.jsonl of `folder` through `datasets.load_dataset`, after checking every row.
+
+    labels: class names in the order of their ids. extra: further fields and their `datasets.Value` types.
+    Raises FileNotFoundError for a missing split, and ValueError naming file and line for a row that does not fit.
+    """
+    from datasets import ClassLabel, Features, Value, load_dataset
+
+    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    for path in paths.values():
+        check_rows(path, labels)
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(labels))} | {k: Value(v) for k, v in (extra or {}).items()})
+    return load_dataset("json", data_files={split: str(path) for split, path in paths.items()}, features=features)
+
+
+def check_rows(path: Path, labels: tuple[str, ...]) -> int:
+    """Check every line of a JSON Lines file: an object with a non-empty `text`, a `label` that names a class, a `rating` that agrees.
+
+    Returns the number of rows. Raises ValueError naming file, line, value and remedy.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent.name}/{path.name} is not there: `python -m labkit doctor` lists what is missing")
+    count = 0
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path.parent.name}/{path.name}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error.msg}); write one object a line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a {type(row).__name__}, not an object; write {{\"text\": ..., \"label\": ...}}")
+            text, label, rating = row.get("text"), row.get("label"), row.get("rating")
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{where}: text is {text!r}; give the row a text or remove it")
+            if type(label) is not int or not 0 <= label < len(labels):
+                raise ValueError(f"{where}: label is {label!r}; use 0 to {len(labels) - 1} ({', '.join(labels)})")
+            if rating is not None and (rating not in range(1, 11) or rating in (5, 6) or (rating > 6) != bool(label)):
+                raise ValueError(f"{where}: rating {rating!r} does not fit label {label} ({labels[label]}); 1 to 4 are neg, 7 to 10 pos")
+            count += 1
+    if count == 0:
+        raise ValueError(f"{path.parent.name}/{path.name} is empty: restore it from the repository")
+    return count
+
+
+def subset(rows: Dataset, count: int, seed: int) -> Dataset:
+    """`count` rows with the classes in equal parts (as near as it goes), drawn from the seed. A smaller draw is inside a larger one.
+
+    Raises ValueError when there are not enough rows of a class.
+    """
+    import random
+
+    by_label: dict[int, list[int]] = {}
+    for index, label in enumerate(rows["label"]):
+        by_label.setdefault(label, []).append(index)
+    classes = sorted(by_label)
+    rng = random.Random(seed)
+    for label in classes:
+        rng.shuffle(by_label[label])
+    chosen = []
+    for i in range(count):
+        label = classes[i % len(classes)]
+        if not by_label[label]:
+            raise ValueError(f"{count} rows asked for, but class {label} has too few: ask for at most {i} of these {len(rows)} rows")
+        chosen.append(by_label[label].pop())
+    return rows.select(chosen)
+
+
+def _load(role: str, extra: dict[str, str]) -> DatasetDict:
+    source = entry(role)
+    if source.folder is not None:
+        return load_folder(DATA / source.folder, source.labels, extra)
+    return _from_hub(source.repo, source.labels)
+
+
+def _from_hub(repo: str, labels: tuple[str, ...]) -> DatasetDict:
+    """A Hub data set with the course's three splits: validation rows are taken from train, the same ones every time."""
+    from datasets import ClassLabel, DatasetDict, load_dataset
+
+    loaded = load_dataset(repo)
+    label = loaded["train"].features.get("label")
+    if not isinstance(label, ClassLabel) or tuple(label.names) != labels:
+        raise ValueError(f"{repo} has labels {getattr(label, 'names', label)}, the course expects {list(labels)}: pin an older revision")
+    bad = [i for split in ("train", "test") for i, value in enumerate(loaded[split]["label"]) if value < 0]
+    if bad:
+        raise ValueError(f"{repo}: row {bad[0]} has label -1, an unlabelled row in a labelled split: filter it out first")
+    held_out = min(HUB_VALIDATION_ROWS, len(loaded["train"]) // 5)
+    parts = loaded["train"].train_test_split(test_size=held_out, seed=0, stratify_by_column="label")
+    return DatasetDict(train=parts["train"], validation=parts["test"], test=loaded["test"])
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A short hash of the texts and labels, in order: two runs with the same fingerprint saw the same rows."""
+    digest = hashlib.sha256()
+    for text, label in zip(rows["text"], rows["label"], strict=True):
+        digest.update(f"{label}\t{text}\n".encode())
+    return digest.hexdigest()[:12]

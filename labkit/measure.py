@@ -1,0 +1,164 @@
+"""Measurements: parameters, bytes, latency, memory, and how sure a comparison is."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters. `trainable` leaves the task head out, which every method trains; `head` counts it apart."""
+
+    total: int
+    trainable: int
+    head: int
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters without the head, as a share of the whole model."""
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} trainable ({self.share:.2%}), and a head of {self.head:,}"
+
+
+def count_parameters(model: nn.Module, head: nn.Module | None = None) -> ParameterCount:
+    """Count a model's parameters (each once, shared ones too), those that train, and those of its `head`.
+
+    head: defaults to `model.classifier` where there is one. Raises ValueError when `head` is not part of the model.
+    """
+    head = head if head is not None else getattr(model, "classifier", None)
+    in_head = {id(p) for p in head.parameters()} if head is not None else set()
+    parameters = {id(p): p for p in model.parameters()}
+    if not in_head <= parameters.keys():
+        raise ValueError("the head is not part of this model: pass one of the model's own modules")
+    return ParameterCount(
+        total=sum(p.numel() for p in parameters.values()),
+        trainable=sum(p.numel() for i, p in parameters.items() if p.requires_grad and i not in in_head),
+        head=sum(p.numel() for i, p in parameters.items() if i in in_head),
+    )
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files under a folder. Raises FileNotFoundError when there is nothing there."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: save it first")
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def median_latency(call: Callable[[], object], *, repeats: int = 20, warmup: int = 3) -> float:
+    """Median seconds of `call()`, after `warmup` calls that are not counted. On a GPU each call is waited for."""
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats {repeats} and warmup {warmup}: at least 1 and 0")
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    seconds = []
+    for i in range(warmup + repeats):
+        wait()
+        started = time.perf_counter()
+        call()
+        wait()
+        if i >= warmup:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@dataclass
+class Memory:
+    """Bytes used at most inside a `peak_memory` block, above what was in use before it. Read it after the block."""
+
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def peak_memory(interval: float = 0.005) -> Iterator[Memory]:
+    """Measure the peak memory of a block: CUDA's own counter on a GPU, else resident memory sampled every `interval` seconds.
+
+    Resident memory is what the operating system sees: memory that the process had freed but kept may hide an allocation.
+    """
+    memory = Memory()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield memory
+        torch.cuda.synchronize()
+        memory.bytes = torch.cuda.max_memory_allocated() - before
+        return
+    import psutil
+
+    process, stop = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def sample() -> None:
+        while not stop.wait(interval):
+            memory.bytes = max(memory.bytes, process.memory_info().rss - before)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        memory.bytes = max(memory.bytes, process.memory_info().rss - before)
+        stop.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def accuracy_interval(correct: Sequence[bool], *, level: float = 0.95, samples: int = 2000, seed: int = 0) -> Interval:
+    """Accuracy with a percentile bootstrap interval (Efron 1979): correct, one bool a test row."""
+    values = _as_numbers(correct)
+    return _bootstrap(values, level, samples, seed)
+
+
+def paired_bootstrap(correct_a: Sequence[bool], correct_b: Sequence[bool], *, level: float = 0.95, samples: int = 2000, seed: int = 0) -> Interval:
+    """The difference accuracy(a) - accuracy(b) on the same test rows, with a paired percentile bootstrap interval.
+
+    Rows are resampled together, so what is hard for both models does not blur the difference (Efron and Tibshirani 1993).
+    Raises ValueError when the two do not have the same number of rows.
+    """
+    a, b = _as_numbers(correct_a), _as_numbers(correct_b)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} rows against {len(b)}: a paired comparison needs the same test rows in the same order")
+    return _bootstrap(a - b, level, samples, seed)
+
+
+def _bootstrap(values: np.ndarray, level: float, samples: int, seed: int) -> Interval:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: choose a share between 0 and 1, such as 0.95")
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), size=(samples, len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def _as_numbers(correct: Sequence[bool]) -> np.ndarray:
+    values = np.asarray(correct, dtype=float)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"expected one value a test row, got shape {values.shape}")
+    return values

