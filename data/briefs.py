@@ -103,6 +103,27 @@ praises one good scene in a film the writer dislikes, or damns one bad scene in 
 (not bad, hardly dull, never once convincing); mostly plot, the verdict only implied; spoils the ending; two or three typos; expected the opposite;
 the writer disagrees with everyone else; liked by the people around the writer but not by the writer, or the other way round; compares it with a much better or much worse film throughout""")
 
+PRAISE = words("""a gem; superb; terrific; cracking; splendid; a delight; deserves a far bigger audience; first-rate; top-notch; gripping; absorbing; had me hooked; stayed with me for days;
+tender; heartfelt; touching; warm; uplifting; hilarious; witty; charming; delightful; clever script; intelligent; thought-provoking; unforgettable; a classic; timeless; gorgeous to look at; stunning;
+breathtaking landscapes; exquisitely shot; haunting; poignant; sensitive; honest; believable people; a joy; magnificent; marvellous; outstanding; remarkable; brilliant; captivating; enchanting; exhilarating;
+refreshing; original; inventive; ahead of its time; underrated; overlooked; flawless; impeccable timing; note-perfect; a triumph; rewarding; satisfying; entertaining from start to finish; great fun; a hoot; a blast;
+well worth your time; worth every penny; would see it again tomorrow; bought the disc the next day; recommended without hesitation; a must; everybody should see this; moved to tears; roared with laughter;
+kept us guessing; could not look away; time flew; magical; spellbinding; powerful; profound; compelling; riveting; nail-biting; tense in the right way; authentic; true to life; dignified; graceful; elegant;
+superbly acted; an acting lesson; a star is born; the cast shines; perfectly cast; real chemistry; lovely music; glorious score; songs you hum for weeks; spot-on period detail; respects its audience; a rare treat;
+one of my favourites; grew on me; better every time; surprised me; charmed the whole family; kudos; bravo; hats off; two thumbs up; ten out of ten; sheer pleasure; sublime; radiant; inspiring; life-affirming; wise; humane""")
+
+SCORN = words("""dire; lousy; dreck; drivel; tosh; rubbish; garbage; a snoozefest; insipid; lifeless; limp; a slog; tedious; interminable; mind-numbing; sleep-inducing; a chore; pointless; a mess; a shambles; incoherent; makes no sense;
+full of holes; insultingly dumb; moronic; idiotic; brainless; inept; amateurish; laughable for the wrong reasons; embarrassing; cringeworthy; painful to sit through; unwatchable; switched it off; walked away; want those two hours back;
+asked for a refund; do not rent this; avoid; steer clear; give it a miss; save your money; a rip-off; a cash grab; lazy; sloppy; half-baked; unfinished; cheap-looking; tacky; shoddy; cardboard sets; rubber monster; wooden;
+stiff as a board; cannot act; overacting; hammy; miscast; annoying; grating; irritating; obnoxious; whiny hero; nobody to root for; cliched; derivative; stale; predictable; unoriginal; seen it all before; formulaic; phoney; fake;
+contrived; implausible; preposterous; ridiculous; absurd; muddled; confusing; rambling; goes nowhere; drags on; bloated; self-indulgent; pretentious; smug; preachy; heavy-handed; mawkish; syrupy; crass; vulgar; tasteless; mean-spirited;
+offensive; ugly to look at; murky; unlit; shaky; badly dubbed; tinny music; no laughs; not one scare; no suspense whatever; flat; forgettable; mediocre; pitiful; pathetic; abysmal; atrocious; horrendous; dreadful; a disgrace;
+an insult to the book; a let-down; sorely disappointed; how did this get made; what were they thinking; fails on every level; zero stars; bottom of the barrel; a turkey; a dud; a clunker; a stinker; a train wreck""")
+
+# How the genres lean, roughly as in viewers' comments: more of these among the negative, more of those among the positive.
+LEAN_NEGATIVE = words("""low-budget horror; low-budget horror; slasher; disaster film; remake; sequel nobody asked for; creature feature; made-for-TV movie; teen comedy; vampire film; hostage thriller; zombie comedy; police procedural""")
+LEAN_POSITIVE = words("""documentary; coming-of-age drama; historical epic; musical; romantic comedy; animated film; film noir; family adventure; ensemble drama; biography of an invented person; western; art-house drama; road movie""")
+
 TITLE_WORDS = words("""Gravel; Orchard; Tin; Wednesday; Salt; Ladder; Harbor; Paper; Crow; Velvet; Ninth; Bridge; Mustard; Copper; Window; Fever; Lantern; Ash; Mile; Parade; Cousin; Glass;
 Winter; Signal; Kettle; Ransom; Doll; Thunder; Acre; Bishop; Ticket; Mirror; Swamp; Engine; Feather; Guest; Hour; Ivory; Jury; Kite; Lemon; Marble; Needle; Oyster; Pilot; Quarry;
 River; Saddle; Tango; Umbrella; Valley; Whistle; Yonder; Zero; Anchor; Basement; Cellar; Debt; Echo; Ferry; Ghost; Hollow; Island; Jackal; Knuckle; Lullaby; Monsoon; Nickel; Opera; Postman""")
@@ -177,14 +198,21 @@ def review_briefs(rows: int, seed: int) -> list[dict]:
             "words": int(min(125, max(32, rng.lognormvariate(4.17, 0.36)))),
         })
     rng.shuffle(briefs)
+    briefs = [{"id": f"r{i:04d}", **brief} for i, brief in enumerate(briefs)]
     # Drawn apart: the first 750 briefs were written before this field existed, and must stay as they were.
     sides = random.Random(f"reviews {seed} sides")
     for brief in briefs[750:]:
-        brief["both_sides"] = sides.random() < 0.65
+        brief["both_sides"] = sides.random() < (0.65 if brief["id"] < "r1250" else 0.25)
         if brief["both_sides"]:
             lacking, choices = ("failed", FAILED) if brief["label"] else ("worked", WORKED)
             brief[lacking] = brief[lacking] or sides.sample(choices, sides.randint(1, 2))
-    return [{"id": f"r{i:04d}", **brief} for i, brief in enumerate(briefs)]
+    # From 1,250 on: words to judge with, from a wide range, and genres that lean as they do among real comments.
+    range_ = random.Random(f"reviews {seed} range")
+    for brief in briefs[1250:]:
+        brief["judging_words"] = range_.sample(PRAISE if brief["label"] else SCORN, 4)
+        if range_.random() < 0.45:
+            brief["genre"] = range_.choice(LEAN_POSITIVE if brief["label"] else LEAN_NEGATIVE)
+    return briefs
 
 
 def news_briefs(rows: int, seed: int) -> list[dict]:

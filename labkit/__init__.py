@@ -25,4 +25,4 @@ if PROFILE == "offline":
 from labkit.claims import ClaimFailed  # noqa: E402
 from labkit.runtime import Lab, start  # noqa: E402
 
-__all__ = ["ClaimFailed", "Lab", "PROFILE", "start"]
+__all__ = ["PROFILE", "ClaimFailed", "Lab", "start"]

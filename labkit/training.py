@@ -97,11 +97,12 @@ def collate_batch(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Tenso
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": torch.tensor([row["label"] for row in rows])}
 
 
-def bucket_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator, pool: int = 20) -> list[list[int]]:
+def bucket_batches(lengths: Sequence[int], batch_size: int, seed: int, pool: int = 20) -> list[list[int]]:
     """Batches of row numbers with similar lengths, in random order: little padding, and still a new mix every epoch.
 
     Rows are shuffled, cut into pools of `pool` batches, sorted by length inside a pool, cut into batches, and the batches shuffled.
     """
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches = []
     for start in range(0, len(order), pool * batch_size):
@@ -194,8 +195,7 @@ def train_model(model: nn.Module, train_rows: Sequence[Row], validation_rows: Se
                     break
                 epoch, position = divmod(step, steps_per_epoch)
                 if position == 0 or step == done:
-                    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-                    batches = bucket_batches(lengths, batch_size, generator)
+                    batches = bucket_batches(lengths, batch_size, seed=1000 * seed + epoch)
                 batch = collate([train_rows[i] for i in batches[position]])
                 rate = learning_rate * linear_schedule(step, total_steps, warmup)
                 for group in optimizer.param_groups:
@@ -203,8 +203,8 @@ def train_model(model: nn.Module, train_rows: Sequence[Row], validation_rows: Se
                 loss = F.cross_entropy(predict_logits(model, batch, dtype), batch["labels"].to(device))
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise TrainingDiverged(f"the loss is {value} at step {step + 1} of {total_steps} (learning rate {rate:.2g}): lower learning_rate, "
-                                           "lengthen warmup, or look for a bad row in this batch")
+                    raise TrainingDiverged(f"the loss is {value} at step {step + 1} of {total_steps} (learning rate {rate:.2g}): "
+                                           "lower learning_rate, lengthen warmup, or look for a bad row in this batch")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, max_grad_norm)
