@@ -120,9 +120,24 @@ contrived; implausible; preposterous; ridiculous; absurd; muddled; confusing; ra
 offensive; ugly to look at; murky; unlit; shaky; badly dubbed; tinny music; no laughs; not one scare; no suspense whatever; flat; forgettable; mediocre; pitiful; pathetic; abysmal; atrocious; horrendous; dreadful; a disgrace;
 an insult to the book; a let-down; sorely disappointed; how did this get made; what were they thinking; fails on every level; zero stars; bottom of the barrel; a turkey; a dud; a clunker; a stinker; a train wreck""")
 
+COMMON_PRAISE = words(
+    "good; great; best; love; enjoy; very; really; real; worth; perfect; brilliant; wonderful; fantastic; liked; right; old friends; terrific; superb; hilarious; warm; true; delightful"
+)
+COMMON_SCORN = words(
+    "nothing; bad; boring; bored; worst; poor; badly; no; not; sorry; the rest; hours; reason; idea; avoid; nowhere; disappointing; ugly; tedious; sense; nobody; waste; cheap; awful; terrible"
+)
+
 # How the genres lean, roughly as in viewers' comments: more of these among the negative, more of those among the positive.
-LEAN_NEGATIVE = words("""low-budget horror; low-budget horror; slasher; disaster film; remake; sequel nobody asked for; creature feature; made-for-TV movie; teen comedy; vampire film; hostage thriller; zombie comedy; police procedural""")
-LEAN_POSITIVE = words("""documentary; coming-of-age drama; historical epic; musical; romantic comedy; animated film; film noir; family adventure; ensemble drama; biography of an invented person; western; art-house drama; road movie""")
+LEAN_NEGATIVE = words(
+    """low-budget horror; low-budget horror; slasher; disaster film; remake; sequel nobody asked for; creature feature; made-for-TV movie; teen comedy; vampire film; hostage thriller; zombie comedy; police procedural"""
+)
+LEAN_POSITIVE = words(
+    """documentary; coming-of-age drama; historical epic; musical; romantic comedy; animated film; film noir; family adventure; ensemble drama; biography of an invented person; western; art-house drama; road movie"""
+)
+
+ASPECTS = words("""the trailer; the camera work; the flashbacks; the violins and the rest of the score; the accents; the dubbing; the length; the middle part; the special effects; the budget; the villain's motive; the subplot;
+the violence; the history; the sound; the dialogue; the ending; the twist; the supporting cast; the costumes; the stunts; the songs; a scene in a kitchen; the child actors; the animals; the photography; the title sequence; a chase;
+the friendship at its centre; the way it treats old age; the fights; the first ten minutes; the jokes; the editing; the romance; the setting; the running gag; the lead; the director's earlier films; the book behind it""")
 
 TITLE_WORDS = words("""Gravel; Orchard; Tin; Wednesday; Salt; Ladder; Harbor; Paper; Crow; Velvet; Ninth; Bridge; Mustard; Copper; Window; Fever; Lantern; Ash; Mile; Parade; Cousin; Glass;
 Winter; Signal; Kettle; Ransom; Doll; Thunder; Acre; Bishop; Ticket; Mirror; Swamp; Engine; Feather; Guest; Hour; Ivory; Jury; Kite; Lemon; Marble; Needle; Oyster; Pilot; Quarry;
@@ -164,12 +179,26 @@ a preview of tomorrow; a scene on the spot; an anniversary or precedent; a winne
 FORMATS = words("""headline, then agency in brackets, then one or two sentences; headline, then body; body only with a dateline (CITY, Month day); body only with the city in capitals, the agency and a dash; body only, no dateline;
 body only, no dateline, one long sentence; a short headline, then a two-sentence body; a feature-like lead with no headline; a column or blog item in the first person or addressing the reader; headline as a question, then body""")
 
-AGENCIES = words("""Meridian Wire; NPA; Coastline News; Halden Press; Corrant; the Daily Ledger; Orbis; TechSheet; Northgate Herald; Sportline; MarketBrief; Aldgate News Service; Plainsman; Signal Daily; BTX; The Lantern""")
+AGENCIES = words(
+    """Meridian Wire; NPA; Coastline News; Halden Press; Corrant; the Daily Ledger; Orbis; TechSheet; Northgate Herald; Sportline; MarketBrief; Aldgate News Service; Plainsman; Signal Daily; BTX; The Lantern"""
+)
 
 
 def review_briefs(rows: int, seed: int) -> list[dict]:
-    """`rows` briefs, half of them negative (rating 1 to 4) and half positive (7 to 10), in a shuffled order."""
-    rng = random.Random(f"reviews {seed}")
+    """`rows` briefs, half of them negative (rating 1 to 4) and half positive (7 to 10), shuffled in blocks of 2,000.
+
+    The briefs were refined three times while the reviews were written, each time after measuring what had been written so far;
+    the stages are marked below, so that this script still makes every brief that was used.
+    """
+    briefs = []
+    for start in range(0, rows, 2000):
+        rng = random.Random(f"reviews {seed}" if start == 0 else f"reviews {seed} {start}")
+        block = _review_block(rng, min(2000, rows - start))
+        briefs += [{"id": f"r{start + i:04d}", **brief} for i, brief in enumerate(block)]
+    return _refine(briefs, seed)
+
+
+def _review_block(rng: random.Random, rows: int) -> list[dict]:
     briefs = []
     for i in range(rows):
         positive = i % 2 == 1
@@ -178,27 +207,32 @@ def review_briefs(rows: int, seed: int) -> list[dict]:
         voice, age = rng.choice(VOICES), rng.randint(16, 84)
         aged = any(word in voice for word in ("old", "teen", "grand", "retired", "student", "pensioner"))
         hard = rng.random() < 0.22
-        briefs.append({
-            "label": int(positive),
-            "rating": rating,
-            "genre": rng.choice(GENRES),
-            "premise": f"{rng.choice(LEADS)} {rng.choice(EVENTS)}" if rng.random() < 0.6 else None,
-            "setting": rng.choice(SETTINGS) if rng.random() < 0.4 else None,
-            "worked": rng.sample(WORKED, rng.randint(2, 3) if positive else int(mild)),
-            "failed": rng.sample(FAILED, int(mild) if positive else rng.randint(2, 3)),
-            "voice": voice,
-            "age": None if aged else age,
-            "mood": rng.choice(MOODS) if rng.random() < 0.5 else None,
-            "opening": rng.choice(OPENINGS),
-            "first_word": rng.choice(FIRST_WORDS) if rng.random() < 0.5 else None,
-            "hard_case": rng.choice(HARD_CASES) if hard else None,
-            "judgement": "open" if rng.random() < 0.85 else "shown",
-            "title_contains": rng.choice(TITLE_WORDS) if rng.random() < 0.5 else None,
-            "names": rng.sample(FIRST_NAMES, 2) + rng.sample(SURNAMES, 2) if rng.random() < 0.4 else None,
-            "words": int(min(125, max(32, rng.lognormvariate(4.17, 0.36)))),
-        })
+        briefs.append(
+            {
+                "label": int(positive),
+                "rating": rating,
+                "genre": rng.choice(GENRES),
+                "premise": f"{rng.choice(LEADS)} {rng.choice(EVENTS)}" if rng.random() < 0.6 else None,
+                "setting": rng.choice(SETTINGS) if rng.random() < 0.4 else None,
+                "worked": rng.sample(WORKED, rng.randint(2, 3) if positive else int(mild)),
+                "failed": rng.sample(FAILED, int(mild) if positive else rng.randint(2, 3)),
+                "voice": voice,
+                "age": None if aged else age,
+                "mood": rng.choice(MOODS) if rng.random() < 0.5 else None,
+                "opening": rng.choice(OPENINGS),
+                "first_word": rng.choice(FIRST_WORDS) if rng.random() < 0.5 else None,
+                "hard_case": rng.choice(HARD_CASES) if hard else None,
+                "judgement": "open" if rng.random() < 0.85 else "shown",
+                "title_contains": rng.choice(TITLE_WORDS) if rng.random() < 0.5 else None,
+                "names": rng.sample(FIRST_NAMES, 2) + rng.sample(SURNAMES, 2) if rng.random() < 0.4 else None,
+                "words": int(min(125, max(32, rng.lognormvariate(4.17, 0.36)))),
+            }
+        )
     rng.shuffle(briefs)
-    briefs = [{"id": f"r{i:04d}", **brief} for i, brief in enumerate(briefs)]
+    return briefs
+
+
+def _refine(briefs: list[dict], seed: int) -> list[dict]:
     # Drawn apart: the first 750 briefs were written before this field existed, and must stay as they were.
     sides = random.Random(f"reviews {seed} sides")
     for brief in briefs[750:]:
@@ -210,8 +244,13 @@ def review_briefs(rows: int, seed: int) -> list[dict]:
     range_ = random.Random(f"reviews {seed} range")
     for brief in briefs[1250:]:
         brief["judging_words"] = range_.sample(PRAISE if brief["label"] else SCORN, 4)
-        if range_.random() < 0.45:
+        if brief["id"] < "r2000" and range_.random() < 0.45:
             brief["genre"] = range_.choice(LEAN_POSITIVE if brief["label"] else LEAN_NEGATIVE)
+    # From 2,000 on: the same aspects for both labels. WORKED and FAILED had let single words (costumes, trailer) tell the label.
+    aspects = random.Random(f"reviews {seed} aspects")
+    for brief in briefs[2000:]:
+        brief |= {"aspects": aspects.sample(ASPECTS, 3), "worked": [], "failed": [], "both_sides": False}
+        brief["other_side_words"] = aspects.sample(COMMON_SCORN if brief["label"] else COMMON_PRAISE, 3)
     return briefs
 
 
@@ -221,20 +260,22 @@ def news_briefs(rows: int, seed: int) -> list[dict]:
     briefs = []
     for i in range(rows):
         topic = TOPICS[i % 4]
-        briefs.append({
-            "label": i % 4,
-            "topic": topic,
-            "event": rng.choice(EVENT_KINDS[topic]),
-            "place": rng.choice(PLACES),
-            "second_place": rng.choice(PLACES) if rng.random() < 0.3 else None,
-            "angle": rng.choice(ANGLES),
-            "format": rng.choice(FORMATS),
-            "agency": rng.choice(AGENCIES),
-            "weekday": rng.choice(words("Monday; Tuesday; Wednesday; Thursday; Friday; Saturday; Sunday; no day named; no day named")),
-            "names": [rng.choice(FIRST_NAMES), *rng.sample(SURNAMES, 2)] if rng.random() < 0.7 else None,
-            "plain_words": rng.random() < 0.12,
-            "words": rng.randint(22, 56),
-        })
+        briefs.append(
+            {
+                "label": i % 4,
+                "topic": topic,
+                "event": rng.choice(EVENT_KINDS[topic]),
+                "place": rng.choice(PLACES),
+                "second_place": rng.choice(PLACES) if rng.random() < 0.3 else None,
+                "angle": rng.choice(ANGLES),
+                "format": rng.choice(FORMATS),
+                "agency": rng.choice(AGENCIES),
+                "weekday": rng.choice(words("Monday; Tuesday; Wednesday; Thursday; Friday; Saturday; Sunday; no day named; no day named")),
+                "names": [rng.choice(FIRST_NAMES), *rng.sample(SURNAMES, 2)] if rng.random() < 0.7 else None,
+                "plain_words": rng.random() < 0.12,
+                "words": rng.randint(22, 56),
+            }
+        )
     rng.shuffle(briefs)
     return [{"id": f"n{i:04d}", **brief} for i, brief in enumerate(briefs)]
 

@@ -45,8 +45,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise ValueError(f"{path} holds weights but no training state: delete it and start again")
     for name, value in settings.items():
         if state["settings"].get(name) != value:
-            raise ValueError(f"the run in {path} had {name} {state['settings'].get(name)!r}, this one has {value!r}: "
-                             "use the same setting to go on, or delete the file to start again")
+            raise ValueError(
+                f"the run in {path} had {name} {state['settings'].get(name)!r}, this one has {value!r}: "
+                "use the same setting to go on, or delete the file to start again"
+            )
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

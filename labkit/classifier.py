@@ -81,9 +81,20 @@ class TransformerClassifier(nn.Module):
     hidden_size a linear projection follows. freeze_embeddings keeps the table as it is.
     """
 
-    def __init__(self, vocab_size: int, num_labels: int, *, hidden_size: int = 128, num_layers: int = 2, num_heads: int = 4,
-                 max_length: int = 256, dropout: float = 0.1, embedding_size: int | None = None,
-                 word_vectors: Tensor | None = None, freeze_embeddings: bool = False):
+    def __init__(
+        self,
+        vocab_size: int,
+        num_labels: int,
+        *,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        max_length: int = 256,
+        dropout: float = 0.1,
+        embedding_size: int | None = None,
+        word_vectors: Tensor | None = None,
+        freeze_embeddings: bool = False,
+    ):
         super().__init__()
         if word_vectors is not None and word_vectors.shape[0] != vocab_size:
             raise ValueError(f"word_vectors has {word_vectors.shape[0]} rows for a vocabulary of {vocab_size}: use the table of this tokenizer")

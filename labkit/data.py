@@ -58,7 +58,7 @@ def check_rows(path: Path, labels: tuple[str, ...]) -> int:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON ({error.msg}); write one object a line") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: a {type(row).__name__}, not an object; write {{\"text\": ..., \"label\": ...}}")
+                raise ValueError(f'{where}: a {type(row).__name__}, not an object; write {{"text": ..., "label": ...}}')
             text, label, rating = row.get("text"), row.get("label"), row.get("rating")
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{where}: text is {text!r}; give the row a text or remove it")

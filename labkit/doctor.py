@@ -37,8 +37,10 @@ def doctor() -> int:
 def python() -> str:
     found = sys.version_info[:2]
     if not PYTHON_FROM <= found < PYTHON_BELOW:
-        raise Problem(f"Python {found[0]}.{found[1]}: the labs need 3.11 to 3.13. Make the environment with one of those, "
-                      "for example `python3.12 -m venv .venv`")
+        raise Problem(
+            f"Python {found[0]}.{found[1]}: the labs need 3.11 to 3.13. Make the environment with one of those, "
+            "for example `python3.12 -m venv .venv`"
+        )
     return f"Python {found[0]}.{found[1]}"
 
 
@@ -86,8 +88,10 @@ def data(folder: Path = DATA) -> str:
         if not path.is_file():
             raise Problem(f"data: data/{name} is missing. Run `git restore data`")
         if sha256(path) != expected:
-            raise Problem(f"data: data/{name} was changed. Run `git restore data` for the original "
-                          "(a line-ending conversion also changes it: clone again with `git -c core.autocrlf=false clone`)")
+            raise Problem(
+                f"data: data/{name} was changed. Run `git restore data` for the original "
+                "(a line-ending conversion also changes it: clone again with `git -c core.autocrlf=false clone`)"
+            )
     return f"data: {len(sums)} files as published"
 
 

@@ -1,9 +1,9 @@
 """Student notebooks from the complete ones, and a course folder for nbgrader, both made by nbgrader's own converters.
 
-    FOLDER/students/            03_finetuning_pytorch.ipynb …   solutions out, stubs in, outputs cleared: give these to learners
-    FOLDER/course/source/       03_finetuning_pytorch/03_finetuning_pytorch.ipynb …   the complete labs, as nbgrader wants them
-    FOLDER/course/release/      what `nbgrader generate_assignment` made of them
-    FOLDER/course/nbgrader_config.py, gradebook.db
+FOLDER/students/            03_finetuning_pytorch.ipynb …   solutions out, stubs in, outputs cleared: give these to learners
+FOLDER/course/source/       03_finetuning_pytorch/03_finetuning_pytorch.ipynb …   the complete labs, as nbgrader wants them
+FOLDER/course/release/      what `nbgrader generate_assignment` made of them
+FOLDER/course/nbgrader_config.py, gradebook.db
 """
 
 from __future__ import annotations

@@ -85,8 +85,9 @@ def execute(path: Path, seed: int):
             last = time.monotonic()
             bar.update()
 
-        client = NotebookClient(notebook, timeout=CELL_TIMEOUT, kernel_name="python3", on_cell_executed=executed,
-                                resources={"metadata": {"path": str(path.parent)}})
+        client = NotebookClient(
+            notebook, timeout=CELL_TIMEOUT, kernel_name="python3", on_cell_executed=executed, resources={"metadata": {"path": str(path.parent)}}
+        )
         started = time.monotonic()
         try:
             client.execute(env=env)
@@ -105,8 +106,9 @@ def save_notebook(path: Path, notebook) -> None:
     """Store an executed notebook: no timings, no widget state, nothing that names the machine; written whole or not at all."""
     import nbformat
 
-    notebook.metadata = nbformat.from_dict({"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                                            "language_info": {"name": "python"}})
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    )
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     write_text(path, nbformat.writes(notebook) + "\n")
@@ -167,8 +169,10 @@ def cost_text(lab: str) -> str:
     if found is None:
         return f"Time and memory: {UNTITLED}."
     result, run = found
-    return (f"Time and memory: {run['seconds'] / 60:.1f} minutes and {run['peak_memory_bytes'] / 1e9:.1f} GB on {result['device']}, "
-            f"{result['dtype']} autocast.")
+    return (
+        f"Time and memory: {run['seconds'] / 60:.1f} minutes and {run['peak_memory_bytes'] / 1e9:.1f} GB on {result['device']}, "
+        f"{result['dtype']} autocast."
+    )
 
 
 def table_text(link_prefix: str) -> str:
@@ -184,8 +188,11 @@ def table_text(link_prefix: str) -> str:
         lines.append(f"| [{lab_title(path)}]({link_prefix}{path.name}) | {minutes} | {memory} | {headline} |")
     device = next((_first_run(p.stem)[0] for p in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")) if _first_run(p.stem)), None)
     if device:
-        lines += ["", f"Measured on {device['device']}, {device['dtype']} autocast, torch {device['versions']['torch']}, seed 0; "
-                      "made by `python -m labkit results`."]
+        lines += [
+            "",
+            f"Measured on {device['device']}, {device['dtype']} autocast, torch {device['versions']['torch']}, seed 0; "
+            "made by `python -m labkit results`.",
+        ]
     return "\n".join(lines)
 
 

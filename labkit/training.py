@@ -128,8 +128,9 @@ def predict_logits(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtyp
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, rows: Sequence[Row], *, batch_size: int = 64, dtype: torch.dtype = torch.float32,
-             collate: Collate = collate_batch) -> Evaluation:
+def evaluate(
+    model: nn.Module, rows: Sequence[Row], *, batch_size: int = 64, dtype: torch.dtype = torch.float32, collate: Collate = collate_batch
+) -> Evaluation:
     """Logits, loss and accuracy on `rows`, each counted once. Pure: no randomness used, every module's train/eval mode given back.
 
     Rows are batched by length, so that little padding is computed, and returned in their own order.
@@ -140,8 +141,10 @@ def evaluate(model: nn.Module, rows: Sequence[Row], *, batch_size: int = 64, dty
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        parts = [predict_logits(model, collate([rows[i] for i in order[start : start + batch_size]]), dtype).cpu()
-                 for start in range(0, len(order), batch_size)]
+        parts = [
+            predict_logits(model, collate([rows[i] for i in order[start : start + batch_size]]), dtype).cpu()
+            for start in range(0, len(order), batch_size)
+        ]
     finally:
         for module, mode in modes:
             module.training = mode
@@ -150,15 +153,33 @@ def evaluate(model: nn.Module, rows: Sequence[Row], *, batch_size: int = 64, dty
     return Evaluation(logits, torch.tensor([row["label"] for row in rows]))
 
 
-def train_model(model: nn.Module, train_rows: Sequence[Row], validation_rows: Sequence[Row], *, epochs: int = 3, batch_size: int = 16,
-                learning_rate: float = 5e-4, weight_decay: float = 0.01, warmup: float = 0.1, max_grad_norm: float = 1.0,
-                dtype: torch.dtype = torch.float32, seed: int = 0, collate: Collate = collate_batch,
-                evaluate_every: int | None = None, patience: int | None = None, keep_best: bool = True,
-                checkpoint: Path | None = None, checkpoint_every: int = 50, resume: bool = False, label: str = "training") -> History:
+def train_model(
+    model: nn.Module,
+    train_rows: Sequence[Row],
+    validation_rows: Sequence[Row],
+    *,
+    epochs: int = 3,
+    batch_size: int = 16,
+    learning_rate: float = 5e-4,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    max_grad_norm: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    collate: Collate = collate_batch,
+    evaluate_every: int | None = None,
+    patience: int | None = None,
+    keep_best: str | None = "loss",
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 50,
+    resume: bool = False,
+    label: str = "training",
+) -> History:
     """Train with AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), a warm-up and linear decay, clipped gradients, length buckets.
 
-    The model is validated every `evaluate_every` steps (default: every epoch). At the end it holds the weights with the lowest
-    validation loss (`keep_best`), and training stops after `patience` evaluations without a lower one.
+    The model is validated every `evaluate_every` steps (default: every epoch). At the end it holds the weights with the best
+    validation result, by `keep_best`: "loss", "accuracy" (ties go to the lower loss) or None for the last weights; training stops
+    after `patience` evaluations without a better one.
     dtype: autocast dtype of the forward pass. learning_rate is the peak; only parameters with requires_grad are trained; weight
     decay is not applied to biases, norms and other one-dimensional parameters. Order of rows and dropout depend on `seed` alone.
     checkpoint: a file written every `checkpoint_every` steps and on Ctrl-C, removed at the end; with resume=True a run goes on from it,
@@ -170,14 +191,26 @@ def train_model(model: nn.Module, train_rows: Sequence[Row], validation_rows: Se
         raise ValueError("no parameter has requires_grad: unfreeze something before training")
     if epochs < 1 or not len(train_rows) or not len(validation_rows):
         raise ValueError(f"{epochs} epochs on {len(train_rows)} rows, {len(validation_rows)} for validation: each must be at least 1")
+    if keep_best not in ("loss", "accuracy", None):
+        raise ValueError(f"keep_best is {keep_best!r}: choose 'loss', 'accuracy' or None")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint file to resume from: pass checkpoint=")
     lengths = [len(row["input_ids"]) for row in train_rows]
     steps_per_epoch = math.ceil(len(train_rows) / batch_size)
     total_steps = epochs * steps_per_epoch
     evaluate_every = evaluate_every or steps_per_epoch
-    settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup,
-                "max_grad_norm": max_grad_norm, "seed": seed, "rows": len(train_rows), "tokens": sum(lengths), "evaluate_every": evaluate_every}
+    settings = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "max_grad_norm": max_grad_norm,
+        "seed": seed,
+        "rows": len(train_rows),
+        "tokens": sum(lengths),
+        "evaluate_every": evaluate_every,
+    }
     optimizer = _adamw(parameters, learning_rate, weight_decay)
     history, done, best = History(), 0, None
     device = parameters[0].device
@@ -203,8 +236,10 @@ def train_model(model: nn.Module, train_rows: Sequence[Row], validation_rows: Se
                 loss = F.cross_entropy(predict_logits(model, batch, dtype), batch["labels"].to(device))
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise TrainingDiverged(f"the loss is {value} at step {step + 1} of {total_steps} (learning rate {rate:.2g}): "
-                                           "lower learning_rate, lengthen warmup, or look for a bad row in this batch")
+                    raise TrainingDiverged(
+                        f"the loss is {value} at step {step + 1} of {total_steps} (learning rate {rate:.2g}): "
+                        "lower learning_rate, lengthen warmup, or look for a bad row in this batch"
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -224,7 +259,7 @@ def train_model(model: nn.Module, train_rows: Sequence[Row], validation_rows: Se
                 if interrupted.is_set():
                     advice = f"call again with resume=True to go on from {checkpoint}" if checkpoint else "pass checkpoint= to be able to go on later"
                     raise KeyboardInterrupt(f"stopped after step {step + 1} of {total_steps}; {advice}")
-    if keep_best and best is not None:
+    if best is not None:
         model.load_state_dict(best)
     model.eval()
     if checkpoint is not None:
@@ -237,20 +272,27 @@ def _validate(model, rows, history, step, steps_per_epoch, dtype, collate, best,
     result = evaluate(model, rows, dtype=dtype, collate=collate)
     since = int(history.validation[-1]["step"]) if history.validation else 0
     recent = history.train_loss[since:]
-    history.validation.append({"step": step, "epoch": step / steps_per_epoch, "train_loss": sum(recent) / len(recent),
-                               "loss": result.loss, "accuracy": result.accuracy})
-    if not keep_best:
+    history.validation.append(
+        {"step": step, "epoch": step / steps_per_epoch, "train_loss": sum(recent) / len(recent), "loss": result.loss, "accuracy": result.accuracy}
+    )
+    if keep_best is None:
         history.best_step = step
         return None
-    if history.best_step == 0 or result.loss < history.best["loss"]:
+    if history.best_step == 0 or _score(history.validation[-1], keep_best) > _score(history.best, keep_best):
         history.best_step = step
         return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     return best
 
 
+def _score(entry: dict[str, float], keep_best: str) -> tuple[float, float]:
+    return (entry["accuracy"] if keep_best == "accuracy" else 0.0, -entry["loss"])
+
+
 def _adamw(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 

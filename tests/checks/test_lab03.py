@@ -304,7 +304,9 @@ def test_takes_a_right_answer_written_differently(checker, capsys):
     assert capsys.readouterr().out.count("✓") >= 4
 
 
-@pytest.mark.parametrize(("checker", "wrong"), [(c, name) for c, answers in WRONG.items() for name in answers], ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("checker", "wrong"), [(c, name) for c, answers in WRONG.items() for name in answers], ids=lambda x: getattr(x, "__name__", x)
+)
 def test_turns_down_a_wrong_answer_with_its_own_message(checker, wrong):
     candidate, advice = WRONG[checker][wrong]
     with pytest.raises(CheckFailed, match="(?s).*" + advice.replace("(", r"\(").replace(")", r"\)")):

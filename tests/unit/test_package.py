@@ -1,0 +1,87 @@
+"""labkit's shape: light to import, offline by default, imports in one direction, short modules."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from labkit.files import ROOT
+
+MODULES = sorted((ROOT / "labkit").rglob("*.py"))
+LABKIT_OF_IDEAS: set[str] = {"classifier"}  # modules that hold a taught idea: they import torch and nothing of labkit
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT)
+
+
+def test_import_is_light_and_takes_under_half_a_second():
+    code = (
+        "import sys, time, json; t = time.perf_counter(); import labkit; s = time.perf_counter() - t; "
+        "print(json.dumps([s, [m for m in ('torch', 'transformers', 'datasets', 'numpy', 'matplotlib') if m in sys.modules]]))"
+    )
+    runs = [json.loads(python(code).stdout) for _ in range(3)]
+    assert [heavy for _, heavy in runs] == [[], [], []]
+    assert min(seconds for seconds, _ in runs) < 0.5
+
+
+def test_offline_switches_are_set_before_any_library_reads_them():
+    code = "import labkit, huggingface_hub.constants as c, datasets; assert c.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE; print('offline')"
+    done = python(code)
+    assert done.stdout.strip() == "offline", done.stderr
+
+
+def test_hub_profile_leaves_the_switches_alone():
+    code = "import os; os.environ.pop('HF_HUB_OFFLINE', None); import labkit; print(labkit.PROFILE, 'HF_HUB_OFFLINE' in os.environ)"
+    assert python(code, LABKIT_PROFILE="hub").stdout.split() == ["hub", "False"]
+
+
+def test_unknown_profile_names_the_choices():
+    done = python("import labkit", LABKIT_PROFILE="hubb")
+    assert "LABKIT_PROFILE is 'hubb': set it to 'offline' (default) or 'hub'" in done.stderr
+
+
+def test_tests_run_with_the_network_blocked():
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
+    assert "the tests block the network, and something asked for 192.0.2.1" in python(code).stderr
+    assert "asked for example.org" in python("import socket; socket.getaddrinfo('example.org', 443)").stderr
+    assert (
+        python("import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname()); print('ok')").stdout == "ok\n"
+    )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_modules_are_short_and_documented(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(text)), "a module says what it is for"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_point_one_way(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module)
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    ours = {name for name in imported if name.split(".")[0] == "labkit"}
+    if path.parent.name != "checks":
+        assert not any(name.startswith("labkit.checks") for name in ours), "nothing imports checks but notebooks and tests"
+    if path.stem in LABKIT_OF_IDEAS:
+        assert not ours, "an idea module imports nothing of labkit"
+    assert not {"pickle", "dill"} & imported
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_public_functions_have_docstrings(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bare = [
+        node.name
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node)
+    ]
+    assert path.stem == "doctor" or not bare, f"no docstring: {bare}"
