@@ -272,11 +272,13 @@ def news_briefs(rows: int, seed: int) -> list[dict]:
                 "agency": rng.choice(AGENCIES),
                 "weekday": rng.choice(words("Monday; Tuesday; Wednesday; Thursday; Friday; Saturday; Sunday; no day named; no day named")),
                 "names": [rng.choice(FIRST_NAMES), *rng.sample(SURNAMES, 2)] if rng.random() < 0.7 else None,
-                "plain_words": rng.random() < 0.12,
+                "plain_words": rng.random() < 0.35,
                 "words": rng.randint(22, 56),
             }
         )
     rng.shuffle(briefs)
+    for brief in briefs[420:]:  # the first 420 came out harder than real news, so the others may use plain words
+        brief["plain_words"] = False
     return [{"id": f"n{i:04d}", **brief} for i, brief in enumerate(briefs)]
 
 

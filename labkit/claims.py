@@ -23,7 +23,7 @@ def plain_number(name: str, value) -> float | int | str:
         raise TypeError(f"measured value {name} is a {type(value).__name__}: pass a number, or a string that describes it")
     if not math.isfinite(value):
         raise ValueError(f"measured value {name} is {value}: the measurement failed, look at the cell that made it")
-    return round(value, 6) if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def check_claim(text: str, holds, measured: dict) -> dict:

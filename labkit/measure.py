@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -116,14 +116,16 @@ def peak_memory(interval: float = 0.005) -> Iterator[Memory]:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the bounds of its confidence interval."""
+    """An estimate with the bounds of its confidence interval. `difference` prints it with its sign."""
 
     value: float
     low: float
     high: float
+    difference: bool = False
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        sign = "+" if self.difference else ""
+        return f"{self.value:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
 
     @property
     def excludes_zero(self) -> bool:
@@ -145,7 +147,7 @@ def paired_bootstrap(correct_a: Sequence[bool], correct_b: Sequence[bool], *, le
     a, b = _as_numbers(correct_a), _as_numbers(correct_b)
     if len(a) != len(b):
         raise ValueError(f"{len(a)} rows against {len(b)}: a paired comparison needs the same test rows in the same order")
-    return _bootstrap(a - b, level, samples, seed)
+    return replace(_bootstrap(a - b, level, samples, seed), difference=True)
 
 
 def _bootstrap(values: np.ndarray, level: float, samples: int, seed: int) -> Interval:

@@ -263,7 +263,8 @@ def train_model(candidate) -> None:
         report(
             "warms up and decays",
             rates[0] < rates[peak] and rates[-1] < 0.2 * rates[peak],
-            f"the learning rate goes {rates[0]:.3g} … {rates[peak]:.3g} … {rates[-1]:.3g}: record it, and call schedule.step() after every optimizer.step()",
+            f"the learning rate goes {rates[0]:.3g} … {rates[peak]:.3g} … {rates[-1]:.3g}: "
+            "record it, and call schedule.step() after every optimizer.step()",
         )
         report(
             "dropout stays on",
