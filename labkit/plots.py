@@ -68,12 +68,13 @@ def loss_panels(histories: Mapping[str, History], title: str) -> Figure:
 def label_efficiency(results: Mapping[str, Mapping[int, Interval]], title: str, baselines: Mapping[str, float] | None = None) -> Figure:
     """Accuracy with its interval against the number of labelled rows (log axis), a line a method; baselines as dotted lines."""
     figure, (ax,) = _figure(7.5, 4.2)
-    for (name, points), colour in zip(results.items(), COLOURS):
+    for i, ((name, points), colour) in enumerate(zip(results.items(), COLOURS)):
         rows = sorted(points)
+        beside = [n * 1.03 ** (i - (len(results) - 1) / 2) for n in rows]  # a little apart, so that intervals do not hide one another
         values = [points[n].value for n in rows]
         below = [points[n].value - points[n].low for n in rows]
         above = [points[n].high - points[n].value for n in rows]
-        ax.errorbar(rows, values, yerr=[below, above], marker="o", capsize=3, color=colour, label=name)
+        ax.errorbar(beside, values, yerr=[below, above], marker="o", capsize=3, color=colour, label=name)
     rows = sorted({n for points in results.values() for n in points})
     for name, value in (baselines or {}).items():
         ax.axhline(value, color="#777777", linestyle=":", linewidth=1)
@@ -97,7 +98,7 @@ def intervals(results: Mapping[str, Interval], title: str, xlabel: str, referenc
     if reference is not None:
         ax.axvline(reference, color="#777777", linestyle=":", linewidth=1)
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", color="#dddddd", linewidth=0.8)
     ax.set_xlabel(xlabel)

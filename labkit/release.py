@@ -8,7 +8,9 @@ FOLDER/course/nbgrader_config.py, gradebook.db
 
 from __future__ import annotations
 
+import os
 import shutil
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -60,6 +62,10 @@ def generate(course: Path, assignments: list[str]) -> None:
     from nbgrader.apps import NbGraderAPI
     from traitlets.config import Config
 
+    # nbgrader starts the program `alembic` by name, which is found only if this Python's own scripts are on the path.
+    scripts = sysconfig.get_path("scripts")
+    if scripts not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ["PATH"]])
     config = Config()
     config.CourseDirectory.root = str(course)
     config.CourseDirectory.course_id = "finetuning"

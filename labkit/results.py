@@ -33,6 +33,8 @@ def find_labs(numbers: list[str], everything: bool = False) -> list[Path]:
 
 def run_labs(paths: list[Path], *, seed: int = 0, save: bool = False) -> int:
     """Execute labs one after the other. Returns 1 if one failed. With `save`, a clean run's outputs and results are stored."""
+    if save and seed != 0:
+        raise ValueError(f"--save stores the run of seed 0, this is seed {seed}: use `results --seeds` to measure other seeds")
     failed = 0
     for path in paths:
         outcome = execute(path, seed)
@@ -40,8 +42,6 @@ def run_labs(paths: list[Path], *, seed: int = 0, save: bool = False) -> int:
             failed += 1
         elif save:
             notebook, record = outcome
-            if seed != 0:
-                raise ValueError(f"--save stores the run of seed 0, this was seed {seed}: use `results --seeds` to measure other seeds")
             save_notebook(path, notebook)
             save_result(record)
             write_tables()

@@ -261,6 +261,7 @@ def train_model(
                     raise KeyboardInterrupt(f"stopped after step {step + 1} of {total_steps}; {advice}")
     if best is not None:
         model.load_state_dict(best)
+    optimizer.zero_grad(set_to_none=True)  # gradients would stay in memory as long as the model
     model.eval()
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)

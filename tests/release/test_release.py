@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 
@@ -104,9 +105,9 @@ def test_nbgrader_gives_full_marks_to_the_solved_and_none_to_the_untouched(made,
         place = course / "submitted" / student / LAB
         place.mkdir(parents=True)
         shutil.copyfile(notebook, place / notebook.name)
-    done = subprocess.run(
-        [sys.executable, "-m", "nbgrader", "autograde", LAB, "--create"], cwd=course, capture_output=True, text=True, env=os.environ, timeout=300
-    )
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # as in an activated environment
+    command = [sys.executable, "-m", "nbgrader", "autograde", LAB, "--create"]
+    done = subprocess.run(command, cwd=course, capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=300)
     assert done.returncode == 0, done.stderr
     from nbgrader.api import Gradebook
 
