@@ -7,7 +7,11 @@ failure says in words what is probably wrong. Code still unwritten gives "not wr
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
+
+from labkit.files import ROOT
 
 
 class NotWrittenYet(NotImplementedError):
@@ -43,6 +47,14 @@ class Report:
         self(f"shape {expected}", found == expected, f"the answer has shape {found}, expected {expected}")
 
 
+def _learners_line(error: Exception) -> str:
+    """Where in the learner's own code the error arose: the last line of its traceback that is neither labkit's nor a library's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "site-packages" not in frame.filename and not Path(frame.filename).is_relative_to(ROOT / "labkit") and frame.line:
+            return f"\n  in {frame.name}, at: {frame.line.strip()}"
+    return ""
+
+
 @contextlib.contextmanager
 def reporting(exercise: str) -> Iterator[Report]:
     """Run a check: print what was verified, or stop with a sentence. torch's random state is put back afterwards."""
@@ -53,10 +65,11 @@ def reporting(exercise: str) -> Iterator[Report]:
         torch.manual_seed(2718)
         try:
             yield report
-        except NotImplementedError:
-            raise NotWrittenYet(f"{exercise}: not written yet") from None
         except CheckFailed as failure:
             raise failure.with_traceback(None) from None
         except Exception as error:
-            raise CheckFailed(f"{exercise}: your code stopped with {type(error).__name__}: {error}") from error
+            # A stub raises it bare; torch raises it with a message, for example when a ModuleList is called.
+            if isinstance(error, NotImplementedError) and not str(error):
+                raise NotWrittenYet(f"{exercise}: not written yet") from None
+            raise CheckFailed(f"{exercise}: your code stopped with {type(error).__name__}: {error}{_learners_line(error)}") from error
     print("   ".join(f"✓ {what}" for what in report.verified))

@@ -22,6 +22,7 @@ def collate_batch(candidate) -> None:
             "return a dict with input_ids, attention_mask and labels",
         )
         ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        report("whole-number mask", mask.dtype == torch.long, f"attention_mask has dtype {mask.dtype}: make it torch.long, ones and zeros")
         report(
             "pads to the longest row",
             tuple(ids.shape) == (3, 4),
@@ -120,7 +121,7 @@ def transformer_classifier(candidate) -> None:
     with reporting("TransformerClassifier") as report:
         ids = torch.randint(1, 50, (4, 9))
         mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 3 + [0] * 6, [1] * 9])
-        model = candidate(50, 3, hidden_size=16, num_layers=2, num_heads=2, max_length=32, dropout=0.5)
+        model = candidate(50, 3, hidden_size=16, num_layers=2, num_heads=2, max_length=14, dropout=0.5)
         trained = model(ids, mask)
         report.shape(trained, (4, 3))
         report(
@@ -176,8 +177,9 @@ def _unused(model: nn.Module, ids, mask) -> str:
 class _Toy(nn.Module):
     """A classifier small enough to train in a check: (batch, seq) -> (batch, 2). Counts its passes in train mode."""
 
-    def __init__(self, dropout: float = 0.5):
+    def __init__(self, dropout: float = 0.5, scale: float = 1.0):
         super().__init__()
+        self.scale = scale
         self.embedding, self.frozen = nn.Embedding(20, 8), nn.Linear(8, 8)
         self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(8, 2)
         self.frozen.requires_grad_(False)
@@ -188,7 +190,7 @@ class _Toy(nn.Module):
         self.passes_eval += not self.training
         mask = attention_mask.unsqueeze(-1).float()
         mean = (self.embedding(input_ids) * mask).sum(1) / mask.sum(1)
-        return self.classifier(self.dropout(self.frozen(mean)))
+        return self.scale * self.classifier(self.dropout(self.frozen(mean)))
 
 
 def _toy_rows(count: int) -> list[dict]:
@@ -203,7 +205,11 @@ def evaluate(candidate) -> None:
         rows, model = _toy_rows(23), _Toy()
         model.train()
         first = candidate(model, rows, batch_size=8)
-        report("returns loss and accuracy", isinstance(first, tuple) and len(first) == 2, "return two numbers: (loss, accuracy)")
+        report(
+            "returns loss and accuracy",
+            isinstance(first, tuple) and len(first) == 2 and all(isinstance(value, (int, float)) for value in first),
+            "return two Python numbers: (loss, accuracy)",
+        )
         report(
             "same twice", first == candidate(model, rows, batch_size=8), "two calls give different numbers: dropout is on, call model.eval() first"
         )
@@ -216,19 +222,22 @@ def evaluate(candidate) -> None:
             logits = torch.cat([model.eval()(torch.tensor([row["input_ids"]]), torch.ones(1, len(row["input_ids"]))) for row in rows])
         labels = torch.tensor([row["label"] for row in rows])
         accuracy = (logits.argmax(-1) == labels).float().mean().item()
+        loss = F.cross_entropy(logits, labels).item()
+        swapped = abs(first[0] - accuracy) < 1e-6 and abs(first[1] - loss) < 1e-5
+        report("loss first, then accuracy", not swapped, "the two numbers are right and in the wrong order: return loss, then accuracy")
         report(
             "every row counts once",
             abs(first[1] - accuracy) < 1e-6,
             f"accuracy {first[1]:.4f}, expected {accuracy:.4f}: the last, smaller batch is "
             "left out or weighs too much; count right answers and divide by the number of rows",
         )
-        loss = F.cross_entropy(logits, labels).item()
         report(
             "loss is the mean over rows",
             abs(first[0] - loss) < 1e-5,
             f"loss {first[0]:.4f}, expected {loss:.4f}: sum the rows' losses and divide by their number",
         )
-        other = candidate(model, rows, batch_size=5)
+        other = candidate(model.eval(), rows, batch_size=5)
+        report("leaves eval mode alone too", not model.training, "the model came in eval mode and left in train mode: put back the mode it had")
         report("any batch size", abs(other[0] - first[0]) < 1e-5 and abs(other[1] - first[1]) < 1e-6, "the numbers change with the batch size")
         report("leaves no gradients", model.classifier.weight.grad is None, "gradients were computed: decorate the function with @torch.no_grad()")
 
@@ -236,7 +245,7 @@ def evaluate(candidate) -> None:
 def train_model(candidate) -> None:
     """The training loop, on a toy task it must learn."""
     with reporting("train_model") as report:
-        train, validation = _toy_rows(64), _toy_rows(24)
+        train, validation = _toy_rows(60), _toy_rows(24)
         model = _Toy(dropout=0.1)
         before = {name: p.clone() for name, p in model.named_parameters()}
         history = candidate(model, train, validation, epochs=6, learning_rate=0.05, batch_size=8, seed=1)
@@ -248,12 +257,12 @@ def train_model(candidate) -> None:
         report(
             "one entry a step",
             len(history["train_loss"]) == 48 and len(history["learning_rate"]) == 48,
-            f"64 rows in batches of 8 for 6 epochs are 48 steps, the history has {len(history['train_loss'])}",
+            f"60 rows in batches of 8 for 6 epochs are 48 steps, the history has {len(history['train_loss'])}",
         )
         report(
             "validates every epoch",
-            len(history["validation_accuracy"]) == 6,
-            f"6 epochs, {len(history['validation_accuracy'])} validations: evaluate on validation_rows after every epoch",
+            len(history["validation_accuracy"]) == len(history["validation_loss"]) == 6,
+            f"6 epochs, {len(history['validation_loss'])} validation losses: evaluate on validation_rows after every epoch",
         )
         changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
         report("trains", "classifier.weight" in changed, "the weights did not change: loss.backward() and optimizer.step() every step")
@@ -264,7 +273,17 @@ def train_model(candidate) -> None:
             "warms up and decays",
             rates[0] < rates[peak] and rates[-1] < 0.2 * rates[peak],
             f"the learning rate goes {rates[0]:.3g} … {rates[peak]:.3g} … {rates[-1]:.3g}: "
-            "record it, and call schedule.step() after every optimizer.step()",
+            "record it, and call schedule.step() after every optimizer.step(), with total counting all steps of all epochs",
+        )
+        report(
+            "no step at rate zero",
+            min(rates) > 0,
+            "the last steps run with learning rate 0: the last, smaller batch of an epoch is a step too, so round the steps of an epoch up",
+        )
+        report(
+            "clips gradients",
+            _gradients_are_clipped(candidate, train, validation),
+            "gradients of any size get through: call nn.utils.clip_grad_norm_(parameters, 1.0) between backward and step",
         )
         report(
             "dropout stays on",
@@ -301,3 +320,11 @@ def _steps_are_small(candidate, train, validation) -> bool:
     candidate(model, train, validation, epochs=1, learning_rate=0.0, batch_size=8, seed=1)
     stored = model.classifier.weight.grad
     return stored is None or bool(F.cosine_similarity(stored.flatten(), seen[-1].flatten(), dim=0) > 0.9999)
+
+
+def _gradients_are_clipped(candidate, train, validation) -> bool:
+    """On a model with very large gradients and learning rate 0: what is stored after the last step has at most norm 1, or is gone."""
+    model = _Toy(dropout=0.0, scale=1000.0)
+    candidate(model, train, validation, epochs=1, learning_rate=0.0, batch_size=8, seed=1)
+    stored = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return not stored or float(torch.cat(stored).norm()) < 1.01

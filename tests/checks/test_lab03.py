@@ -47,6 +47,11 @@ def collate_always_zero(rows, pad_token_id=0):
     return right_collate(rows, 0)
 
 
+def collate_float_mask(rows, pad_token_id=0):
+    batch = right_collate(rows, pad_token_id)
+    return batch | {"attention_mask": batch["attention_mask"].float()}
+
+
 def collate_float_labels(rows, pad_token_id=0):
     batch = right_collate(rows, pad_token_id)
     return batch | {"labels": batch["labels"].float()}
@@ -130,6 +135,17 @@ class NoPositions(Right):
     positions = False
 
 
+class PositionsFromOne(Right):
+    def forward(self, input_ids, attention_mask):
+        self.places(torch.arange(1, input_ids.shape[1] + 1))
+        return super().forward(input_ids, attention_mask)
+
+
+class CallsTheList(Right):
+    def forward(self, input_ids, attention_mask):
+        return nn.ModuleList([self.norm])(self.words(input_ids))
+
+
 class NoMask(Right):
     use_mask = False
 
@@ -185,6 +201,12 @@ def evaluate_stays_in_eval(model, rows, batch_size=64):
     return run(model, rows, batch_size)
 
 
+def evaluate_to_train_mode(model, rows, batch_size=64):
+    out = right_evaluate(model, rows, batch_size)
+    model.train()
+    return out
+
+
 def evaluate_with_gradients(model, rows, batch_size=64):
     batch = right_collate(rows)
     mode = model.training
@@ -198,7 +220,7 @@ def evaluate_with_gradients(model, rows, batch_size=64):
 # ---------------------------------------------------------------- train_model
 
 
-def loop(*, zero=True, schedule=True, train_mode=True, step=True, every_epoch=True, seeded=True, thaw=False, flip=False):
+def loop(*, zero=True, schedule=True, train_mode=True, step=True, every_epoch=True, seeded=True, thaw=False, flip=False, clip=True, round_up=True):
     """A right training loop, unlike the notebook's (hand-made schedule, plain batches), with one thing wrong at a time."""
 
     def train_model(model, train_rows, validation_rows, *, epochs, learning_rate, batch_size=16, seed=0):
@@ -208,7 +230,8 @@ def loop(*, zero=True, schedule=True, train_mode=True, step=True, every_epoch=Tr
             torch.manual_seed(seed)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
         history = {name: [] for name in ("train_loss", "learning_rate", "validation_loss", "validation_accuracy")}
-        total, done = epochs * math.ceil(len(train_rows) / batch_size), 0
+        rounding = math.ceil if round_up else math.floor
+        total, done = epochs * rounding(len(train_rows) / batch_size), 0
         for epoch in range(epochs):
             if train_mode:
                 model.train()
@@ -216,12 +239,14 @@ def loop(*, zero=True, schedule=True, train_mode=True, step=True, every_epoch=Tr
             for start in range(0, len(order), batch_size):
                 batch = right_collate([train_rows[i] for i in order[start : start + batch_size]])
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * (min((done + 1) / 5, (total - done) / total) if schedule else 1.0)
+                    group["lr"] = learning_rate * (max(0.0, min((done + 1) / 5, (total - done) / total)) if schedule else 1.0)
                 labels = 1 - batch["labels"] if flip else batch["labels"]
                 loss = F.cross_entropy(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]), labels)
                 if zero:
                     optimizer.zero_grad()
                 loss.backward()
+                if clip:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 if step:
                     optimizer.step()
                 history["train_loss"].append(loss.item())
@@ -253,6 +278,7 @@ WRONG = {
         "cuts rows off": (collate_truncates, "pad to the longest row"),
         "ignores pad_token_id": (collate_always_zero, "fill the empty places with pad_token_id"),
         "float labels": (collate_float_labels, "torch.long"),
+        "float mask": (collate_float_mask, "attention_mask has dtype torch.float32: make it torch.long"),
     },
     check.attention: {
         "no scaling": (lambda q, k, v, m: plain_attention(q, k, v, m, scale=1.0), "divide the scores by the square root"),
@@ -272,6 +298,8 @@ WRONG = {
     },
     check.transformer_classifier: {
         "across the batch": (AcrossTheBatch, "attention is running across the batch"),
+        "positions from one": (PositionsFromOne, "IndexError"),
+        "calls the list of blocks": (CallsTheList, "stopped with NotImplementedError: Module"),
         "no positions": (NoPositions, "add the position embeddings"),
         "attention without mask": (NoMask, "pass attention_mask to every block"),
         "mean over padding": (MeanOverPadding, "pass attention_mask to every block"),
@@ -283,12 +311,16 @@ WRONG = {
         "stays in eval": (evaluate_stays_in_eval, "left in eval mode"),
         "drops the last batch": (keeping_mode(drop_last=True), "the last, smaller batch"),
         "mean of batch means": (keeping_mode(mean_of_means=True), "the last, smaller batch"),
+        "always train mode": (evaluate_to_train_mode, "put back the mode it had"),
+        "order swapped": (lambda model, rows, batch_size=64: right_evaluate(model, rows, batch_size)[::-1], "return loss, then accuracy"),
         "gradients": (evaluate_with_gradients, "@torch.no_grad()"),
     },
     check.train_model: {
         "no zero_grad": (loop(zero=False), "optimizer.zero_grad()"),
         "schedule never stepped": (loop(schedule=False), "schedule.step()"),
         "never back in train mode": (loop(train_mode=False), "model.train() at the start"),
+        "no clipping": (loop(clip=False), "clip_grad_norm_"),
+        "steps rounded down": (loop(round_up=False), "round the steps of an epoch up"),
         "no step": (loop(step=False), "optimizer.step() every step"),
         "validates once": (loop(every_epoch=False), "after every epoch"),
         "no seed": (loop(seeded=False), "seed torch before the first step"),
@@ -328,7 +360,7 @@ def test_says_which_error_stopped_the_answer(checker):
     def broken(*args, **kwargs):
         raise TypeError("unsupported operand")
 
-    with pytest.raises(CheckFailed, match="stopped with TypeError: unsupported operand"):
+    with pytest.raises(CheckFailed, match=r'stopped with TypeError: unsupported operand\n  in broken, at: raise TypeError\("unsupported operand"\)'):
         checker(broken)
 
 

@@ -110,7 +110,7 @@ def notebook():
             continue
         if text.startswith("import labkit"):
             exec(text.split("lab = labkit.start")[0], names)
-        elif text.startswith(("class ", "def ", "@torch.no_grad()")) and "lab." not in text and "training." not in text:
+        elif cell["metadata"].get("nbgrader", {}).get("solution") or (text.startswith("class ") and "lab." not in text):
             exec(text, names)
     return names
 

@@ -73,7 +73,7 @@ def test_stubs_say_not_written_yet_without_a_traceback_and_solutions_pass(made, 
                 continue
             if grader.get("grade"):
                 answers.append(shell.run_cell(text).error_in_exec)
-            elif grader.get("solution") or text.startswith(("import labkit", "class ", "def ")):
+            elif grader.get("solution") or text.startswith("import labkit") or (text.startswith("class ") and "lab." not in text):
                 assert shell.run_cell(text.replace("lab = labkit.start", "lab = print")).success, text
         return answers
 
