@@ -78,7 +78,8 @@ class Lab:
             shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record["measured"].items())
             print(f"✓ {record['claim']}\n    {shown}")
         minutes = (time.monotonic() - self.started) / 60
-        print(f"{len(self.claims)} claims hold; {minutes:.1f} minutes since the start, peak memory {peak_memory_bytes() / 1e9:.1f} GB")
+        count = "1 claim holds" if len(self.claims) == 1 else f"{len(self.claims)} claims hold"
+        print(f"{count}; {minutes:.1f} minutes since the start, peak memory {peak_memory_bytes() / 1e9:.1f} GB")
         self._write_record()
 
     def autocast(self) -> contextlib.AbstractContextManager:
