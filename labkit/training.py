@@ -184,7 +184,8 @@ def train_model(
     decay is not applied to biases, norms and other one-dimensional parameters. Order of rows and dropout depend on `seed` alone.
     checkpoint: a file written every `checkpoint_every` steps and on Ctrl-C, removed at the end; with resume=True a run goes on from it,
     to the same final weights bit for bit, and starts from the beginning when there is none.
-    Raises TrainingDiverged when the loss is not finite, ValueError when there is nothing to train or the checkpoint is of another run.
+    Raises TrainingDiverged when the loss is not finite, ValueError when there is nothing to train or the checkpoint is of another run,
+    FileExistsError when the checkpoint of an unfinished run is there and resume is not asked for.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -195,6 +196,8 @@ def train_model(
         raise ValueError(f"keep_best is {keep_best!r}: choose 'loss', 'accuracy' or None")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint file to resume from: pass checkpoint=")
+    if checkpoint is not None and not resume and Path(checkpoint).exists():
+        raise FileExistsError(f"{checkpoint} holds an unfinished run: pass resume=True to go on with it, or delete the file")
     lengths = [len(row["input_ids"]) for row in train_rows]
     steps_per_epoch = math.ceil(len(train_rows) / batch_size)
     total_steps = epochs * steps_per_epoch
@@ -210,6 +213,9 @@ def train_model(
         "rows": len(train_rows),
         "tokens": sum(lengths),
         "evaluate_every": evaluate_every,
+        "keep_best": keep_best,
+        "patience": patience,
+        "dtype": str(dtype),
     }
     optimizer = _adamw(parameters, learning_rate, weight_decay)
     history, done, best = History(), 0, None

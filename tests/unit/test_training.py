@@ -266,6 +266,8 @@ def test_resuming_with_another_setting_is_refused_and_names_it(tmp_path):
         train_model(StopAt(classifier(), 5), rows(64), rows(16), epochs=2, learning_rate=1e-3, checkpoint=path, checkpoint_every=2)
     with pytest.raises(ValueError, match=r"had learning_rate 0\.001, this one has 0\.002: use the same setting to go on"):
         train_model(StopAt(classifier(), 99), rows(64), rows(16), epochs=2, learning_rate=2e-3, checkpoint=path, resume=True)
+    with pytest.raises(FileExistsError, match=r"run\.safetensors holds an unfinished run: pass resume=True"):
+        train_model(classifier(), rows(64), rows(16), epochs=2, checkpoint=path)
     path.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"run\.safetensors is not a checkpoint .*: delete it and start again"):
         train_model(classifier(), rows(64), rows(16), epochs=2, checkpoint=path, resume=True)
