@@ -18,9 +18,13 @@ COST, TABLE = "cost", "results"
 UNTITLED = "not measured yet"
 
 
+def _labs() -> list[Path]:
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
 def find_labs(numbers: list[str], everything: bool = False) -> list[Path]:
     """The notebooks of the given lab numbers ("3" or "03"), or all of them. Raises ValueError naming a number without a lab."""
-    known = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    known = {path.name[:2]: path for path in _labs()}
     if everything:
         return list(known.values())
     if not numbers:
@@ -178,15 +182,15 @@ def cost_text(lab: str) -> str:
 def table_text(link_prefix: str) -> str:
     """The table of labs in Markdown: name, minutes, memory, headline result."""
     lines = ["| lab | minutes | memory | what it measured |", "|---|---|---|---|"]
-    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+    device = None
+    for path in _labs():
         found = _first_run(path.stem)
         minutes, memory, headline = ("", "", UNTITLED)
         if found is not None:
-            run = found[1]
+            device, run = device or found[0], found[1]
             minutes, memory = f"{run['seconds'] / 60:.1f}", f"{run['peak_memory_bytes'] / 1e9:.1f} GB"
             headline = run.get("headline") or f"{len(run['claims'])} claims hold"
         lines.append(f"| [{lab_title(path)}]({link_prefix}{path.name}) | {minutes} | {memory} | {headline} |")
-    device = next((_first_run(p.stem)[0] for p in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")) if _first_run(p.stem)), None)
     if device:
         lines += [
             "",
@@ -207,7 +211,7 @@ def generated_files() -> dict[Path, str]:
     files = {}
     readme = ROOT / "README.md"
     files[readme] = replace_between(readme.read_text(encoding="utf-8"), TABLE, table_text("notebooks/"))
-    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+    for path in _labs():
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
