@@ -16,12 +16,14 @@ from pathlib import Path
 
 from labkit.files import NOTEBOOKS
 
-CONFIG = '''"""nbgrader settings of this course. Collect into submitted/STUDENT/LAB/LAB.ipynb, then `nbgrader autograde LAB`."""
+COURSE = "finetuning"
+STUB = "# YOUR CODE HERE\nraise NotImplementedError()"
+CONFIG = f'''"""nbgrader settings of this course. Collect into submitted/STUDENT/LAB/LAB.ipynb, then `nbgrader autograde LAB`."""
 
 c = get_config()  # noqa: F821
-c.CourseDirectory.course_id = "finetuning"
+c.CourseDirectory.course_id = {COURSE!r}
 c.ExecutePreprocessor.timeout = 900
-c.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\\nraise NotImplementedError()"}
+c.ClearSolutions.code_stub = {{"python": {STUB!r}}}
 '''
 
 
@@ -68,8 +70,8 @@ def generate(course: Path, assignments: list[str]) -> None:
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ["PATH"]])
     config = Config()
     config.CourseDirectory.root = str(course)
-    config.CourseDirectory.course_id = "finetuning"
-    config.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\nraise NotImplementedError()"}
+    config.CourseDirectory.course_id = COURSE
+    config.ClearSolutions.code_stub = {"python": STUB}
     api = NbGraderAPI(config=config)
     for assignment in assignments:
         result = api.generate_assignment(assignment, force=False, create=True)

@@ -118,16 +118,16 @@ def save_notebook(path: Path, notebook) -> None:
     write_text(path, nbformat.writes(notebook) + "\n")
 
 
-def result_path(lab: str) -> Path:
+def result_path(lab: str, profile: str = "offline", device: str = "cpu") -> Path:
     """Where the result of a lab is stored: plain for the offline profile on a CPU, with profile and device in the name otherwise."""
-    return RESULTS / f"{lab}.json"
+    suffix = "" if profile == "offline" and device.startswith("cpu") else f".{profile}-{device.split()[0]}"
+    return RESULTS / f"{lab}{suffix}.json"
 
 
 def save_result(record: dict) -> None:
     """Add a run to its lab's result file, in place of an earlier run of the same seed. Runs on another device or dtype start it anew."""
     shared = ("lab", "profile", "device", "dtype", "versions")
-    suffix = "" if record["profile"] == "offline" and record["device"].startswith("cpu") else f".{record['profile']}-{record['device'].split()[0]}"
-    path = result_path(record["lab"] + suffix)
+    path = result_path(record["lab"], record["profile"], record["device"])
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = []
     if path.exists():
