@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,42 @@ def load_reviews() -> DatasetDict:
 def load_news() -> DatasetDict:
     """News briefs: `text`, `label` (0 World, 1 Sports, 2 Business, 3 Sci/Tech). Twin: fancyzhx/ag_news."""
     return _load("news", {})
+
+
+def load_pretraining_text(train: int, test: int, *, seed: int = 0) -> DatasetDict:
+    """Documents to pretrain on, so many of each split: `text`, and `bits`, the entropy in bits of the choices that made it (0 if unknown).
+
+    Offline they are stories of StoryWorld, drawn from `seed`, and those of test tell combinations that train never tells. On the Hub
+    they are Wikipedia's articles, always the same; there may be fewer than asked for.
+    """
+    from datasets import Dataset, DatasetDict
+
+    source, wanted = entry("pretraining_text"), {"train": train, "test": test}
+    if source.repo is None:
+        from labkit.storyworld import stories
+
+        told = {split: stories(count, seed=seed, split=split) for split, count in wanted.items()}
+        rows = {split: {"text": [story.text for story in one], "bits": [story.bits for story in one]} for split, one in told.items()}
+    else:
+        from datasets import load_dataset
+
+        loaded = load_dataset(source.repo, source.config)
+        texts = {split: join_articles(loaded[split]["text"], count) for split, count in wanted.items()}
+        rows = {split: {"text": one, "bits": [0.0] * len(one)} for split, one in texts.items()}
+    return DatasetDict({split: Dataset.from_dict(columns) for split, columns in rows.items()})
+
+
+def join_articles(lines: Iterable[str], count: int) -> list[str]:
+    """The first `count` articles of WikiText, whose rows are lines. A line ` = Title = ` begins an article; ` = = Section = = ` does not."""
+    articles: list[list[str]] = []
+    for line in lines:
+        if re.fullmatch(r" = [^=].*[^=] = \n?", line):
+            if len(articles) == count:
+                break
+            articles.append([])
+        if articles and line.strip():
+            articles[-1].append(line.strip())
+    return ["\n".join(article) for article in articles]
 
 
 def load_folder(folder: Path, labels: tuple[str, ...], extra: dict[str, str] | None = None) -> DatasetDict:

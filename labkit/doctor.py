@@ -24,7 +24,7 @@ class Problem(Exception):
 def doctor() -> int:
     """Run every check and print its line. Returns 1 if one failed."""
     failed = 0
-    for check in (python, packages, encoder, data, memory, disk, gpu):
+    for check in (python, packages, encoder, decoder, data, memory, disk, gpu):
         try:
             print(f"✓ {check()}")
         except Problem as problem:
@@ -79,6 +79,24 @@ def encoder() -> str:
     except (FileNotFoundError, ValueError) as error:
         raise Problem(f"encoder: {error}") from error
     return f"encoder: {source.repo or source.requirement}{'' if source.repo else ', weights as published'}"
+
+
+def decoder() -> str:
+    from labkit.catalog import entry
+    from labkit.models import model_location
+
+    source = entry("decoder")
+    if (
+        source.folder is not None
+        and not (DATA / source.folder).exists()
+        and f"{source.folder}/model.safetensors" not in read_sums(DATA / "SHA256SUMS")
+    ):
+        return f"decoder: data/{source.folder} is not part of this copy of the course, so labs that generate text cannot run"
+    try:
+        model_location(source)
+    except (FileNotFoundError, ValueError) as error:
+        raise Problem(f"decoder: {error}") from error
+    return f"decoder: {source.repo or f'data/{source.folder}, weights as published'}"
 
 
 def data(folder: Path = DATA) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import threading
 import time
@@ -164,3 +165,86 @@ def _as_numbers(correct: Sequence[bool]) -> np.ndarray:
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"expected one value a test row, got shape {values.shape}")
     return values
+
+
+def perplexity(model: nn.Module, tokenizer, texts: str | Sequence[str], **options) -> float:
+    """exp of the mean loss a token, in nats: between how many tokens the model is torn. Options as in `bits_per_byte`.
+
+    It depends on the tokenizer. To compare models with different vocabularies, use `bits_per_byte`.
+    """
+    nats, tokens, _ = _surprise(model, tokenizer, texts, **options)
+    return math.exp(nats / tokens)
+
+
+def bits_per_byte(model: nn.Module, tokenizer, texts: str | Sequence[str], **options) -> float:
+    """Bits the model needs for each byte (UTF-8) of the texts: its summed loss in bits over their length. Less is better.
+
+    Every token of a text is predicted once, the first from the beginning-of-text token alone. A text longer than `context` tokens is
+    read through a window that moves by `stride`: then each token has at least context - stride tokens before it.
+    context: default the model's own, 512 at most. stride: default half of it. dtype: of autocast. The model is left as it was.
+    Raises ValueError when there is no text, or stride is not between 1 and context.
+    """
+    nats, _, size = _surprise(model, tokenizer, texts, **options)
+    return nats / math.log(2) / size
+
+
+@torch.no_grad()
+def _surprise(
+    model: nn.Module,
+    tokenizer,
+    texts: str | Sequence[str],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[float, int, int]:
+    """The summed loss in nats, the number of tokens, and the number of bytes of the texts."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not any(texts):
+        raise ValueError("there is no text to measure: give at least one that is not empty")
+    context = context or min(model.config.max_position_embeddings, 512)
+    stride = stride or max(1, context // 2)
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride is {stride}: choose 1 to {context}, the context")
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # Not verbose, because a text longer than the model's context is no mistake here: windows are cut from it.
+    encoded = [[begin, *ids] for ids in tokenizer([t for t in texts if t], add_special_tokens=False, verbose=False)["input_ids"]]
+    windows = [window for ids in encoded for window in _windows(ids, context, stride)]
+    windows.sort(key=lambda window: len(window[0]))
+    device, nats, count = next(model.parameters()).device, 0.0, 0
+    with _in_eval_mode(model):
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            table = torch.zeros(len(batch), max(len(ids) for ids, _ in batch), dtype=torch.long)
+            wanted = torch.full_like(table, -100)
+            for row, (ids, scored) in enumerate(batch):
+                table[row, : len(ids)] = torch.tensor(ids)
+                wanted[row, len(ids) - scored : len(ids)] = table[row, len(ids) - scored : len(ids)]
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                # Filled up on the right: in a causal model no token sees what comes after it, so no mask is needed.
+                logits = model(input_ids=table[:, :-1].to(device)).logits
+            for scores, targets in zip(logits, wanted[:, 1:].to(device)):  # a row at a time, because a copy of all logits is large
+                nats += nn.functional.cross_entropy(scores.float(), targets, reduction="sum").item()
+            count += sum(scored for _, scored in batch)
+    return nats, count, sum(len(text.encode()) for text in texts)
+
+
+def _windows(ids: list[int], context: int, stride: int) -> Iterator[tuple[list[int], int]]:
+    """Cut ids into (context + 1 ids at most, how many of the last ones are scored), each id but the first scored once."""
+    done = 1
+    while done < len(ids):
+        end = min(len(ids), context + 1 if done == 1 else done + stride)
+        yield ids[max(0, end - context - 1) : end], end - done
+        done = end
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit.catalog import Model, entry
-from labkit.files import sha256
+from labkit.files import DATA, read_sums, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(role: str = "encoder") -> PreTrainedTokenizerBase:
-    """The tokenizer of a role's model."""
+    """The tokenizer of a role's model. It can pad: GPT-2, which has no token for that, pads with its end of text."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_location(entry(role)))
+    tokenizer = AutoTokenizer.from_pretrained(model_location(entry(role)))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_encoder(num_labels: int | None = None, *, seed: int = 0, dtype=None) -> PreTrainedModel:
@@ -53,16 +56,65 @@ def load_encoder(num_labels: int | None = None, *, seed: int = 0, dtype=None) ->
     lost = [key for key in lost if ".pooler." not in f".{key}"]
     if lost:
         raise ValueError(f"the weights at {location} lack {', '.join(sorted(lost)[:3])}: {_remedy(entry('encoder'))}")
-    vocabulary, rows = len(load_tokenizer("encoder")), (body or model).get_input_embeddings().num_embeddings
+    _check_vocabulary("encoder", body or model)
+    return model.eval()
+
+
+def load_decoder(*, dtype=None) -> PreTrainedModel:
+    """The pretrained causal language model, in eval mode, fp32 unless `dtype` says otherwise: logits (batch, seq, vocabulary).
+
+    Raises FileNotFoundError or ValueError (with the remedy) when the weights are missing or not the published ones.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    location = model_location(entry("decoder"))
+    model, info = AutoModelForCausalLM.from_pretrained(location, dtype=dtype or torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"the weights at {location} lack {', '.join(sorted(info['missing_keys'])[:3])}: {_remedy(entry('decoder'))}")
+    _check_vocabulary("decoder", model)
+    return model.eval()
+
+
+def _check_vocabulary(role: str, model: PreTrainedModel) -> None:
+    vocabulary, rows = len(load_tokenizer(role)), model.get_input_embeddings().num_embeddings
     if vocabulary > rows:
         raise ValueError(f"the tokenizer knows {vocabulary} tokens but the embedding table has {rows} rows: they are of different models")
+
+
+def load_classifier() -> PreTrainedModel:
+    """A classifier of reviews that is ready to use, in eval mode: logits (batch, 2), `config.id2label` {0: "neg", 1: "pos"}.
+
+    Offline it is the encoder with a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) merged into it; its tokenizer is the encoder's.
+    Raises FileNotFoundError or ValueError (with the remedy) when the adapter is missing or not the published one.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    source, labels = entry("reviews_classifier"), entry("reviews").labels
+    if source.adapter is None:
+        model = AutoModelForSequenceClassification.from_pretrained(model_location(source))
+    else:
+        from peft import PeftModel
+
+        name = f"{source.adapter}/adapter_model.safetensors"
+        remedy = "run `git restore data`, or `python data/models/make_reviews_adapter.py` to train it anew"
+        check_weights(DATA / name, read_sums(DATA / "SHA256SUMS").get(name, "(not listed in data/SHA256SUMS)"), remedy)
+        model = PeftModel.from_pretrained(load_encoder(len(labels)), str(DATA / source.adapter)).merge_and_unload()
+    model.config.id2label, model.config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     return model.eval()
 
 
 def model_location(source: Model) -> str:
-    """Where to load a model from: the Hub name, or the checked folder inside an installed wheel."""
+    """Where to load a model from: the Hub name, or the checked folder, of data/ or inside an installed wheel."""
     if source.repo is not None:
         return source.repo
+    if source.folder is not None:
+        path, name = DATA / source.folder / "model.safetensors", f"{source.folder}/model.safetensors"
+        sums = read_sums(DATA / "SHA256SUMS")
+        if path.is_file() and name not in sums:
+            raise ValueError(f"data/SHA256SUMS does not list {name}, so nothing says that it is the published file: {_remedy(source)}")
+        check_weights(path, sums.get(name, ""), _remedy(source))
+        return str(path.parent)
     spec = find_spec(source.package)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"the package {source.package} with the encoder is not installed: {_remedy(source)}")
@@ -89,4 +141,6 @@ def _sha256_of(path: Path, modified_ns: int, size: int) -> str:
 def _remedy(source: Model) -> str:
     if source.repo is not None:
         return f"delete {source.repo} from the Hugging Face cache and load it again"
+    if source.folder is not None:
+        return "run `git restore data`"
     return f"run `python -m pip install --force-reinstall --no-deps {source.requirement}`"

@@ -104,3 +104,116 @@ def intervals(results: Mapping[str, Interval], title: str, xlabel: str, referenc
     ax.set_xlabel(xlabel)
     _title(figure, title)
     return figure
+
+
+def lines(series: Mapping[str, Mapping[float, float]], title: str, xlabel: str, ylabel: str) -> Figure:
+    """A line through the points {x: y} of each name, from zero up; a single unnamed series has no legend."""
+    figure, (ax,) = _figure(7.0, 3.4)
+    for (name, points), colour, mark in zip(series.items(), COLOURS, "os^Dv"):
+        ax.plot(list(points), list(points.values()), marker=mark, markersize=4, color=colour, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    if list(series) != [""]:
+        ax.legend(frameon=False, fontsize=9)
+    _title(figure, title)
+    return figure
+
+
+def line_panels(series: Mapping[str, Mapping[float, float]], title: str, xlabel: str) -> Figure:
+    """One panel a name, each with its own scale from zero up: a line through the points {x: y}; the name says what y is."""
+    figure, axes = _figure(4.2 * len(series), 3.2, columns=len(series))
+    for ax, (name, points), colour in zip(axes, series.items(), COLOURS):
+        ax.plot(list(points), list(points.values()), "o-", color=colour)
+        ax.set(xlabel=xlabel, ylabel=name, ylim=(0, None))
+        ax.set_xticks(list(points))
+    _title(figure, title)
+    return figure
+
+
+def bar_panels(panels: Mapping[str, Sequence[float]], names: Sequence[str], title: str, xlabel: str) -> Figure:
+    """One panel of horizontal bars a name, all on one scale: one value for each of `names`, top to bottom."""
+    figure, axes = _figure(2.1 * len(panels) + 0.8, 0.9 + 0.25 * len(names), columns=len(panels))
+    top = max(max(values) for values in panels.values())
+    for ax, (name, values) in zip(axes, panels.items()):
+        ax.barh(range(len(names)), values, color=COLOURS[0])
+        ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
+        ax.set(xlim=(0, 1.05 * top), ylim=(len(names) - 0.5, -0.5), title=name, xlabel=xlabel)
+        ax.grid(axis="y", visible=False)
+        ax.grid(axis="x", color="#dddddd", linewidth=0.8)
+    _title(figure, title)
+    return figure
+
+
+def token_strip(tokens: Sequence[str], entropy: Sequence[float], surprise: Sequence[float], title: str) -> Figure:
+    """A bar for the entropy and a dot for the surprise (nats) of each token of a text, the tokens themselves below."""
+    figure, (ax,) = _figure(max(7.0, 0.27 * len(tokens)), 3.6)
+    ax.bar(range(len(tokens)), entropy, color=COLOURS[5], label="entropy: what the model expects")
+    ax.plot(range(len(tokens)), surprise, "o", markersize=5, color=COLOURS[4], label="surprise: what came")
+    ax.set_xticks(range(len(tokens)), [token.strip(" ") if token.strip() else repr(token) for token in tokens], rotation=90, fontsize=9)
+    ax.set(ylabel="nats", xlim=(-0.7, len(tokens) - 0.3), ylim=(0, None))
+    ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0)
+    _title(figure, title)
+    return figure
+
+
+def language_curve(
+    curves: Mapping[str, Mapping[float, float]], title: str, xlabel: str, ylabel: str, lines: Mapping[str, float] | None = None, log: bool = True
+) -> Figure:
+    """A line for each name through its points {x: y}, the first one thin, as a noisy curve is; `lines` are horizontal, with their names."""
+    figure, (ax,) = _figure(8.0, 4.2)
+    for i, ((name, points), colour) in enumerate(zip(curves.items(), ("#bbbbbb", *COLOURS))):
+        ax.plot(list(points), list(points.values()), "o-" if i else "-", linewidth=1.5 if i else 1, color=colour, label=name)
+    for name, value in (lines or {}).items():
+        ax.axhline(value, color="#777777", linestyle=":", linewidth=1)
+        ax.annotate(name, (1.01, value), xycoords=("axes fraction", "data"), va="center", color="#555555", fontsize=9)
+    if log:
+        _log_axis(ax.yaxis)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(frameon=False, fontsize=9)
+    _title(figure, title)
+    return figure
+
+
+def scaling(finals: Mapping[int, float], curves: Mapping[str, Mapping[float, float]], title: str, ylabel: str) -> Figure:
+    """Log axes. Left: the loss at the end against parameters. Right: the loss against compute (floating point operations), a line a model."""
+    figure, (left, right) = _figure(9.0, 3.8, columns=2)
+    left.plot(list(finals), list(finals.values()), "-", color="#bbbbbb")
+    for (count, value), colour in zip(finals.items(), COLOURS):
+        left.plot(count, value, "o", color=colour)
+    left.set_xscale("log")
+    left.set_xticks(list(finals), [f"{count / 1e6:.2g}M" for count in finals])
+    left.minorticks_off()
+    left.set(xlabel="parameters (log scale)", ylabel=ylabel)
+    for (name, points), colour in zip(curves.items(), COLOURS):
+        right.plot(list(points), list(points.values()), "o-", markersize=4, color=colour, label=name)
+    right.set_xscale("log")
+    right.set(xlabel="training compute, operations (log scale)")
+    right.legend(frameon=False, fontsize=9)
+    for ax in (left, right):
+        _log_axis(ax.yaxis)
+    _title(figure, title)
+    return figure
+
+
+def forgetting(panels: Mapping[str, Mapping[str, Mapping[float, float]]], title: str, xlabel: str, ylabel: str) -> Figure:
+    """One panel a text, each with its own log scale: a line a run through its points {x: y}; a dotted line marks the value at the start."""
+    figure, axes = _figure(4.5 * len(panels), 3.4, columns=len(panels))
+    for ax, (text, runs) in zip(axes, panels.items()):
+        for (name, points), colour, style in zip(runs.items(), (COLOURS[4], COLOURS[0]), ("o-", "s--")):
+            ax.plot(list(points), list(points.values()), style, markersize=5, color=colour, label=name)
+        ax.axhline(next(iter(points.values())), color="#777777", linestyle=":", linewidth=1)
+        _log_axis(ax.yaxis)
+        ax.set(xlabel=xlabel, title=text)
+    axes[0].set_ylabel(ylabel)
+    axes[-1].legend(frameon=False, fontsize=9)
+    _title(figure, title)
+    return figure
+
+
+def _log_axis(axis) -> None:
+    """A log scale whose ticks are plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.axes.set_yscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -31,8 +31,8 @@ def start(name: str) -> Lab:
 
     quiet_libraries()
     seed = _seed_from_environment()
-    device = _device_from_environment()
-    dtype = _dtype_from_environment(device)
+    device = choose_device()
+    dtype = choose_dtype(device)
     seed_everything(seed)
     lab = Lab(name=name, profile=labkit.PROFILE, seed=seed, device=device, dtype=dtype)
     threads = torch.get_num_threads()
@@ -154,8 +154,10 @@ def quiet_libraries() -> None:
     - transformers' progress bar over weight shards, and its report that a classification head is new: `models` checks the
       missing weights itself and raises when one is missing that should not be.
     - datasets' progress bars (reading 1,200 rows).
+    - a deprecation that peft 0.21 meets inside transformers 5.23 whenever it wraps a model; nothing a learner could change.
     """
     import logging
+    import warnings
 
     import datasets
     from transformers.utils import logging as transformers_logging
@@ -166,6 +168,7 @@ def quiet_libraries() -> None:
         target = logging.getLogger(logger)
         if not any(getattr(f, "__name__", "") == "_not_a_load_report" for f in target.filters):
             target.addFilter(_not_a_load_report)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def _not_a_load_report(record) -> bool:
@@ -179,7 +182,8 @@ def _seed_from_environment() -> int:
     return int(text)
 
 
-def _device_from_environment() -> torch.device:
+def choose_device() -> torch.device:
+    """LABKIT_DEVICE, or cuda where there is one, else cpu. Raises ValueError when it cannot be used."""
     import torch
 
     text = os.environ.get("LABKIT_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
@@ -191,7 +195,8 @@ def _device_from_environment() -> torch.device:
     return device
 
 
-def _dtype_from_environment(device: torch.device) -> torch.dtype:
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """LABKIT_DTYPE, or bf16 where the device computes faster in it, else fp32. Raises ValueError when it cannot be read."""
     import torch
 
     names = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}

@@ -1,9 +1,11 @@
-"""The book of StoryWorld: its characters, things and places, and the plots, verbs and words read from data/storyworld."""
+"""The book of StoryWorld: its characters, things and places, its dice, and the plots, verbs and words read from data/storyworld."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
+import random
 import re
 from dataclasses import dataclass
 
@@ -51,6 +53,29 @@ class Place:
     category: str
     at: str
     to: str
+
+
+class Dice:
+    """A random source that adds up the information in its choices. Only `random.random` is used, which is the same in every Python."""
+
+    def __init__(self, seed: str):
+        self._random = random.Random(seed).random
+        self.bits = 0.0
+
+    def draw(self, options):
+        """One of the options, each as likely as the others; its bits are not counted."""
+        return options[int(self._random() * len(options))]
+
+    def choose(self, options):
+        """One of the options, each as likely as the others."""
+        self.bits += math.log2(len(options))
+        return options[int(self._random() * len(options))]
+
+    def chance(self, probability: float) -> bool:
+        """True with the given probability."""
+        happens = self._random() < probability
+        self.bits -= math.log2(probability if happens else 1 - probability)
+        return happens
 
 
 @dataclass(frozen=True)

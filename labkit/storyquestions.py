@@ -88,6 +88,26 @@ def probes(n: int, seed: int = 0, *, split: str = "test", kind: str) -> list[Pro
     return found
 
 
+def prefers_right(model, tokenizer, probe: Probe) -> bool:
+    """Whether a causal language model finds the right continuation likelier than the wrong one, by the sum over its tokens.
+
+    The passage's beginning is cut if passage and continuation do not fit into the model's context.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    prefix = tokenizer(probe.prefix, add_special_tokens=False)["input_ids"]
+    scores = []
+    for continuation in (probe.right, probe.wrong):
+        ids = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        room = model.config.max_position_embeddings - len(ids) - 1
+        whole = torch.tensor([[tokenizer.bos_token_id, *prefix[-room:], *ids]], device=device)
+        with torch.no_grad():
+            logits = model(whole).logits[0, -len(ids) - 1 : -1].float()
+        scores.append(logits.log_softmax(-1).gather(1, whole[0, -len(ids) :, None]).sum().item())
+    return scores[0] > scores[1]
+
+
 def judge(story: Story, continuation: str) -> Verdict:
     """Hold a continuation against what is true at the end of `story`.
 

@@ -13,12 +13,11 @@ Same seed, same text, on every machine. `storyquestions` asks about the stories 
 from __future__ import annotations
 
 import math
-import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from labkit.storybook import Character, Place, Thing, book, with_article
+from labkit.storybook import Character, Dice, Place, Thing, book, with_article
 
 SPLITS = ("train", "test")
 HELD_OUT_SHARE = 10  # one in ten combinations of hero, thing and plot is told in test only
@@ -57,29 +56,6 @@ class Story:
     where: dict
     feels: dict
     events: list[Event]
-
-
-class Dice:
-    """A random source that adds up the information in its choices. Only `random.random` is used, which is the same in every Python."""
-
-    def __init__(self, seed: str):
-        self._random = random.Random(seed).random
-        self.bits = 0.0
-
-    def draw(self, options):
-        """One of the options, each as likely as the others; its bits are not counted."""
-        return options[int(self._random() * len(options))]
-
-    def choose(self, options):
-        """One of the options, each as likely as the others."""
-        self.bits += math.log2(len(options))
-        return options[int(self._random() * len(options))]
-
-    def chance(self, probability: float) -> bool:
-        """True with the given probability."""
-        happens = self._random() < probability
-        self.bits -= math.log2(probability if happens else 1 - probability)
-        return happens
 
 
 def stories(n: int, seed: int = 0, *, split: str = "train", ending: str | None = None) -> list[Story]:

@@ -221,14 +221,14 @@ def train_model(
     history, done, best = History(), 0, None
     device = parameters[0].device
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _interrupt_between_steps() as interrupted:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), interrupt_between_steps() as interrupted:
         torch.manual_seed(seed)
         if resume and Path(checkpoint).exists():
             state, best = load_checkpoint(checkpoint, model, optimizer, settings)
             done, history = state["step"], History(**state["history"])
         started = time.monotonic() - history.seconds
         model.train()
-        with _progress(total_steps, done, label) as bar:
+        with progress_bar(total_steps, done, label) as bar:
             for step in range(done, total_steps):
                 if history.stopped_early:
                     break
@@ -304,7 +304,7 @@ def _adamw(parameters: list[nn.Parameter], learning_rate: float, weight_decay: f
 
 
 @contextlib.contextmanager
-def _interrupt_between_steps() -> Iterator[threading.Event]:
+def interrupt_between_steps() -> Iterator[threading.Event]:
     """While open, Ctrl-C (or the notebook's stop button) sets an event instead of breaking into the middle of a step."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -317,7 +317,7 @@ def _interrupt_between_steps() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, earlier)
 
 
-def _progress(total: int, done: int, label: str):
+def progress_bar(total: int, done: int, label: str):
     """A text bar on stdout that leaves nothing behind; LABKIT_PROGRESS=off hides it (headless runs)."""
     from tqdm import tqdm
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from datasets import ClassLabel
 
-from labkit.data import SPLITS, check_rows, fingerprint, load_folder, load_news, load_reviews, subset
+from labkit.data import SPLITS, check_rows, fingerprint, join_articles, load_folder, load_news, load_pretraining_text, load_reviews, subset
 
 SIZES = {"reviews": {"train": 1200, "validation": 200, "test": 600}, "news": {"train": 800, "validation": 120, "test": 480}}
 LOADERS = {"reviews": load_reviews, "news": load_news}
@@ -100,3 +100,27 @@ def test_subset_is_balanced_nested_and_repeatable():
     assert fingerprint(small) == fingerprint(subset(train, 40, seed=3)) != fingerprint(subset(train, 40, seed=4))
     with pytest.raises(ValueError, match="900 rows asked for, but class 0 has too few"):
         subset(train, 900, seed=0)
+
+
+def test_pretraining_text_is_stories_with_their_bits_and_the_splits_differ():
+    corpus = load_pretraining_text(train=12, test=3, seed=5)
+    assert {split: len(corpus[split]) for split in corpus} == {"train": 12, "test": 3}
+    assert min(corpus["train"]["bits"][:]) > 20 and not set(corpus["train"]["text"][:]) & set(corpus["test"]["text"][:])
+    assert load_pretraining_text(train=12, test=3, seed=5)["train"]["text"][:] == corpus["train"]["text"][:]
+    assert load_pretraining_text(train=12, test=3, seed=6)["train"]["text"][:] != corpus["train"]["text"][:]
+
+
+def test_wikitext_lines_become_articles():
+    lines = [
+        "",
+        " = Heron = \n",
+        "",
+        " A heron is a bird . \n",
+        " = = Food = = \n",
+        " Fish @-@ eating . \n",
+        " = Iron = \n",
+        " A metal . \n",
+        " = Ivy = \n",
+    ]
+    assert join_articles(lines, 5) == ["= Heron =\nA heron is a bird .\n= = Food = =\nFish @-@ eating .", "= Iron =\nA metal .", "= Ivy ="]
+    assert join_articles(lines, 2) == join_articles(lines, 5)[:2]

@@ -12,12 +12,12 @@ import torch
 from labkit import catalog, models
 from labkit.catalog import Model, entry
 from labkit.files import ROOT
-from labkit.models import check_weights, load_encoder, load_tokenizer, model_location
+from labkit.models import check_weights, load_decoder, load_encoder, load_tokenizer, model_location
 from labkit.runtime import quiet_libraries, start
 
 
 def test_the_catalog_names_the_roles_it_has():
-    with pytest.raises(KeyError, match="no role 'decodre' in the catalog: choose one of encoder, reviews, news"):
+    with pytest.raises(KeyError, match="no role 'decodre' in the catalog: choose one of encoder, decoder, "):
         entry("decodre")
     assert all(set(row) == {"offline", "hub"} for row in catalog.CATALOG.values())
 
@@ -73,6 +73,79 @@ def test_missing_and_damaged_weights_name_the_remedy(tmp_path):
         check_weights(tmp_path / "model.safetensors", source.sha256, models._remedy(source))
     with pytest.raises(FileNotFoundError, match="the package no_such_package with the encoder is not installed"):
         model_location(Model(package="no_such_package", requirement="no-such-package==1", sha256="0"))
+
+
+# ---------------------------------------------------------------- the decoder, in a made-up folder of data/
+
+
+@pytest.fixture
+def decoder_folder(tmp_path, monkeypatch):
+    """data/ with a tiny decoder in models/decoder and its SHA-256 in SHA256SUMS."""
+    from labkit import doctor
+    from labkit.files import sha256
+    from labkit.pretrain import Settings, build_model, write_model
+    from labkit.tokens import train_tokenizer
+
+    folder = tmp_path / "models" / "decoder"
+    tokenizer = train_tokenizer(iter(["the dog saw the cat"] * 3), 270, 32)
+    torch.manual_seed(0)
+    settings = Settings(vocab_size=270, hidden_size=16, layers=1, heads=2, intermediate_size=32, context=32, batch_tokens=64)
+    write_model(build_model(settings, tokenizer), tokenizer, folder)
+    (tmp_path / "SHA256SUMS").write_text(f"{sha256(folder / 'model.safetensors')}  models/decoder/model.safetensors\n", encoding="utf-8")
+    monkeypatch.setattr(models, "DATA", tmp_path)
+    monkeypatch.setattr(doctor, "DATA", tmp_path)
+    return folder
+
+
+def test_the_decoder_loads_from_its_folder(decoder_folder):
+    from labkit import doctor
+
+    model, tokenizer = load_decoder(), load_tokenizer("decoder")
+    assert model.dtype == torch.float32 and not model.training and load_decoder(dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert model.lm_head.weight is model.get_input_embeddings().weight and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    batch = tokenizer(["the dog", "the cat saw the dog"], padding=True, padding_side="left", return_tensors="pt")
+    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
+    assert doctor.decoder() == "decoder: data/models/decoder, weights as published"
+
+
+def test_a_missing_a_damaged_and_an_unlisted_decoder_name_the_remedy(decoder_folder):
+    import shutil
+
+    from labkit import doctor
+
+    weights = decoder_folder / "model.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + b"x")
+    for call, error in ((load_decoder, ValueError), (doctor.decoder, doctor.Problem)):
+        with pytest.raises(error, match="has SHA-256 .* damaged or not the published file: run `git restore data`"):
+            call()
+    weights.unlink()
+    for call, error in ((load_decoder, FileNotFoundError), (doctor.decoder, doctor.Problem)):
+        with pytest.raises(error, match="model.safetensors is not in .*decoder: run `git restore data`"):
+            call()
+    weights.write_bytes(original)
+    sums = decoder_folder.parent.parent / "SHA256SUMS"
+    sums.write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="data/SHA256SUMS does not list models/decoder/model.safetensors"):
+        load_decoder()
+    shutil.rmtree(decoder_folder)
+    assert "data/models/decoder is not part of this copy of the course" in doctor.decoder()
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_of_text(decoder_folder):
+    path = decoder_folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["pad_token"]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert load_tokenizer("decoder").pad_token == "<|endoftext|>"
+
+
+def test_a_decoder_with_a_larger_vocabulary_than_its_table_is_refused(decoder_folder):
+    tokenizer = load_tokenizer("decoder")
+    tokenizer.add_tokens([f"word{i}" for i in range(20)])
+    tokenizer.save_pretrained(decoder_folder)
+    with pytest.raises(ValueError, match=rf"the tokenizer knows {len(tokenizer)} tokens but the embedding table has 270 rows"):
+        load_decoder()
 
 
 def test_quieting_twice_adds_one_filter_and_leaves_warnings_on():

@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from labkit.files import DATA
-from labkit.storybook import Character, Place, Thing, book, compile_phrasing, with_article
-from labkit.storyquestions import PROBE_KINDS, QUESTION_KINDS, judge, probes, questions
-from labkit.storyworld import Dice, PlotError, Teller, held_out, stories
+from labkit.storybook import Character, Dice, Place, Thing, book, compile_phrasing, with_article
+from labkit.storyquestions import PROBE_KINDS, QUESTION_KINDS, Probe, judge, prefers_right, probes, questions
+from labkit.storyworld import PlotError, Teller, held_out, stories
 
 FORMS = {
     "character": {"", "name", "he", "him", "his", "self", "s", "He", "His"},
@@ -161,6 +161,27 @@ def test_probes_differ_in_what_they_probe_only(kind):
     for probe in probes(60, seed=6, kind=kind):
         assert probe.right != probe.wrong and probe.right[0] == probe.wrong[0] == " "
         assert probe.prefix
+
+
+def test_a_model_is_asked_for_both_continuations():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Letters:
+        bos_token_id = 0
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [1 + ord(letter) % 50 for letter in text]}
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).eval()
+    model.config.max_position_embeddings = 40
+    ids = Letters()(" b" * 60 + " b", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        likely, unlikely = (chr(int(k) - 1 + 50) for k in model(torch.tensor([[*ids[-38:]]])).logits[0, -1, 1:51].topk(50).indices[[0, -1]] + 1)
+    probe = Probe(" b" * 60 + " b", likely, unlikely, "name")
+    assert prefers_right(model, Letters(), probe)
+    assert not prefers_right(model, Letters(), Probe(probe.prefix, unlikely, likely, "name"))
 
 
 def test_the_judge_sees_wrong_names_places_and_owners():
