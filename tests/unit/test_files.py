@@ -20,6 +20,6 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_published_data_has_its_published_hashes():
     sums = read_sums(DATA / "SHA256SUMS")
-    files = {p.relative_to(DATA).as_posix() for p in DATA.rglob("*.jsonl")}
-    assert set(sums) == files, "make it anew: cd data && sha256sum */*.jsonl > SHA256SUMS"
+    files = {p.relative_to(DATA).as_posix() for ending in ("jsonl", "safetensors") for p in DATA.rglob(f"*.{ending}")}
+    assert set(sums) == files, "make it anew: cd data && sha256sum models/*/*.safetensors */*.jsonl > SHA256SUMS"
     assert {name: sha256(DATA / name) for name in sums} == sums
