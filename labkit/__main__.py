@@ -51,6 +51,7 @@ def _add_pretraining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", action="append", default=[], metavar="PATH", help="held-out text, or `storyworld`; repeatable")
     parser.add_argument("--out", type=Path, help="the new model's folder")
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="train nothing: measure the model in FOLDER on --validation")
+    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="go on from a finished model: its weights, tokenizer and shape")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--validate-every", type=int, default=100, metavar="STEPS")
@@ -58,7 +59,7 @@ def _add_pretraining(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=_count, default=argparse.SUPPRESS, metavar="N", help="such as 500k or 2M")
     for name in ("vocab-size", "hidden-size", "layers", "heads", "intermediate-size", "context", "micro-rows", "seed"):
         parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, metavar="N")
-    for name in ("learning-rate", "warmup", "weight-decay", "max-grad-norm"):
+    for name in ("learning-rate", "warmup", "decay-to", "weight-decay", "max-grad-norm"):
         parser.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS, metavar="X")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default=argparse.SUPPRESS)
     parser.add_argument("--compile", action="store_true", default=argparse.SUPPRESS, help="compile the model's body (needs a C++ compiler)")
@@ -77,7 +78,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     import os
     from dataclasses import fields
 
-    from labkit.pretrain import Settings, pretrain
+    from labkit.pretrain import Settings, pretrain, shape_of
     from labkit.tokens import Source
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here
@@ -88,7 +89,8 @@ def _pretrain(args: argparse.Namespace) -> int:
         return print_evaluation(args.evaluate, validation)
     if args.out is None or not args.text:
         raise ValueError("pretrain needs --out FOLDER and at least one --text, or --evaluate FOLDER")
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)})
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    settings = Settings(**((shape_of(args.start_from) if args.start_from else {}) | given))
     pretrain(
         settings,
         [Source.parse(text) for text in args.text],
@@ -97,6 +99,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         validate_every=args.validate_every,
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
+        start_from=args.start_from,
     )
     print(f"finished: {args.out}")
     return 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.checkpoint import load_checkpoint, save_checkpoint
-from labkit.files import whole_file, write_text
+from labkit.files import sha256, whole_file, write_text
 from labkit.muon import Muon
 from labkit.tokens import END_OF_TEXT, Source, encode_documents, held_out_texts, join_documents, prepare, training_rows
 from labkit.training import TrainingDiverged, interrupt_between_steps, progress_bar
@@ -32,7 +32,7 @@ class Settings:
     """One pretraining run. Two runs with equal settings and texts end with equal weights.
 
     tokens: how many are trained on; batch_tokens: in one step of the optimizer; micro_rows: rows in one forward pass.
-    learning_rate: the peak, reached after the `warmup` share of the steps, then a cosine down to a tenth.
+    learning_rate: the peak, reached after the `warmup` share of the steps, then a cosine down to its `decay_to` share.
     optimizer: "adamw", or "muon" for the matrices inside the blocks (AdamW for the rest).
     """
 
@@ -47,6 +47,7 @@ class Settings:
     micro_rows: int = 8
     learning_rate: float = 3e-3
     warmup: float = 0.03
+    decay_to: float = 0.1
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     optimizer: str = "muon"
@@ -82,12 +83,14 @@ def pretrain(
     validate_every: int = 100,
     checkpoint_every: int = 100,
     resume: bool = False,
+    start_from: Path | None = None,
 ) -> LlamaForCausalLM:
     """Train, and write the model to `out` in transformers' layout: config.json, model.safetensors (fp16), tokenizer files.
 
+    start_from: the folder of a model made here before; its weights and its tokenizer begin this run (continued pretraining).
     What only the run needs lies in `out`/run: the token stream, the checkpoint, log.jsonl. An interrupted run goes on with
     resume=True to the same final weights bit for bit. Raises FileExistsError when `out` holds a finished model, or an unfinished run
-    and resume is not asked for; TrainingDiverged when the loss is not finite.
+    and resume is not asked for; ValueError when `start_from` has another shape than settings; TrainingDiverged when the loss is not finite.
     """
     from transformers import AutoTokenizer
 
@@ -104,8 +107,9 @@ def pretrain(
         left.unlink()
     started = time.monotonic()
     stream, made = prepare(
-        sources, tokens=settings.tokens + 1, vocab_size=settings.vocab_size, context=settings.context, seed=settings.seed, folder=run
-    )
+        sources, tokens=settings.tokens + 1, vocab_size=settings.vocab_size, context=settings.context, seed=settings.seed, folder=run,
+        tokenizer_from=start_from,
+    )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(run)
     for name, counts in made["sources"].items():
         print(f"{name}: " + ", ".join(f"{value:,} {key}" for key, value in counts.items()))
@@ -115,11 +119,13 @@ def pretrain(
         torch.manual_seed(settings.seed)
         model = build_model(settings, tokenizer)
     device, dtype = _device_and_dtype()
+    identity = asdict(settings) | {"stream": made["sha256"], "dtype": str(dtype)}
+    if start_from is not None:
+        identity["start_from"] = load_weights(model, settings, start_from)
     model.to(device)
     optimizers = make_optimizers(model, settings, dtype)
     body = torch.compile(model.model, dynamic=False) if settings.compile else model.model
     held_out = {source.name: held_out_rows(source, tokenizer, settings.context) for source in validation}
-    identity = asdict(settings) | {"stream": made["sha256"], "dtype": str(dtype)}
     done = 0
     if resume and checkpoint.exists():
         done = load_checkpoint(checkpoint, model, optimizers, identity)[0]["step"]
@@ -136,7 +142,7 @@ def pretrain(
         recent: list[float] = []
         for step in range(done, settings.steps):
             batch = torch.from_numpy(training_rows(stream, step, rows=settings.rows, context=settings.context, seed=settings.seed)).to(device)
-            rate = cosine_schedule(step, settings.steps, settings.warmup)
+            rate = cosine_schedule(step, settings.steps, settings.warmup, settings.decay_to)
             recent.append(train_step(model, body, optimizers, batch, settings, rate, dtype))
             if not math.isfinite(recent[-1]):
                 raise TrainingDiverged(
@@ -189,6 +195,27 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.div_((2 * settings.layers) ** 0.5)
     return model
+
+
+def shape_of(folder: Path) -> dict[str, int]:
+    """The shape settings of the Llama in `folder`, from its config.json."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    names |= {"intermediate_size": "intermediate_size", "context": "max_position_embeddings"}
+    return {ours: config[theirs] for ours, theirs in names.items()}
+
+
+def load_weights(model: LlamaForCausalLM, settings: Settings, folder: Path) -> str:
+    """Set the model's weights from `folder`; returns the weight file's SHA-256. Raises ValueError when the shapes differ."""
+    from safetensors.torch import load_file
+
+    for name, value in shape_of(folder).items():
+        if getattr(settings, name) != value:
+            raise ValueError(f"{name} is {getattr(settings, name)}, the model in {folder} has {value}: leave the option out, or give {value}")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied, and stored once
+    model.load_state_dict(weights)
+    return sha256(folder / "model.safetensors")
 
 
 def make_optimizers(model: nn.Module, settings: Settings, dtype: torch.dtype) -> list[torch.optim.Optimizer]:

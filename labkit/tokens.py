@@ -198,9 +198,19 @@ def join_documents(documents: Sequence[np.ndarray], end_of_text: int) -> np.ndar
     return np.concatenate([mark] + [part for document in documents for part in (document, mark)])
 
 
-def prepare(sources: Sequence[Source], *, tokens: int, vocab_size: int, context: int, seed: int, folder: Path) -> tuple[np.ndarray, dict]:
+def prepare(
+    sources: Sequence[Source],
+    *,
+    tokens: int,
+    vocab_size: int,
+    context: int,
+    seed: int,
+    folder: Path,
+    tokenizer_from: Path | None = None,
+) -> tuple[np.ndarray, dict]:
     """Make, or find, `folder`/tokens.npy (uint16, memory-mapped: it is returned) and the tokenizer; and a description of them.
 
+    The tokenizer is trained on the texts, or is that of the model in the folder `tokenizer_from`.
     Each source gives its share of `tokens`, repeated in a new order when it runs out; then all documents are shuffled together.
     What is found is used only if it was made from the same texts and settings and is undamaged; else it is made again.
     """
@@ -211,6 +221,8 @@ def prepare(sources: Sequence[Source], *, tokens: int, vocab_size: int, context:
         "context": context,
         "seed": seed,
     }
+    if tokenizer_from is not None:
+        wanted["tokenizer"] = sha256(tokenizer_from / "tokenizer.json")
     path, record = folder / "tokens.npy", folder / "tokens.json"
     if record.is_file() and path.is_file():
         found = json.loads(record.read_text(encoding="utf-8"))
@@ -219,7 +231,12 @@ def prepare(sources: Sequence[Source], *, tokens: int, vocab_size: int, context:
     pools = [None if source.path == STORYWORLD else read_documents(source) for source in sources]
     total = sum(source.weight for source in sources)
     shares = [tokens * source.weight / total for source in sources]
-    tokenizer = train_tokenizer(_tokenizer_texts(sources, pools, shares, seed), vocab_size, context)
+    if tokenizer_from is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+    else:
+        tokenizer = train_tokenizer(_tokenizer_texts(sources, pools, shares, seed), vocab_size, context)
     drawn, counts = [], {}
     for source, pool, share in zip(sources, pools, shares):
         documents = _draw_tokens(tokenizer, _draw(source, pool, seed), int(share) + 1)

@@ -134,6 +134,25 @@ def test_a_finished_model_is_not_overwritten_and_nan_stops_the_run(texts, finish
     assert "the loss is nan at step 1 of 23" in capsys.readouterr().err and not (tmp_path / "model" / "model.safetensors").exists()
 
 
+def test_a_run_goes_on_from_a_finished_model(texts, finished, tmp_path, capsys):
+    """Its tokenizer and weights are where the new run starts; a shape that is not the model's is an error."""
+    out = tmp_path / "model"
+    more = ["--start-from", str(finished), "--validation", str(texts / "held_out.txt"), "--tokens", "2k", "--micro-rows", "4"]
+    more += ["--batch-tokens", "256", "--learning-rate", "1e-5", "--decay-to", "0", "--validate-every", "1", "--out", str(out)]
+    assert main(["pretrain", "--text", str(texts / "held_out.txt"), *more]) == 0
+    assert (out / "tokenizer.json").read_bytes() == (finished / "tokenizer.json").read_bytes()
+    assert json.loads((out / "config.json").read_text()) == json.loads((finished / "config.json").read_text())
+    entries, before = log(out), log(finished)[-1]["bits_per_byte"]["held_out"]
+    assert entries[-1]["step"] == 7 and entries[-1]["learning_rate"] < entries[2]["learning_rate"] / 10
+    assert entries[0]["bits_per_byte"]["held_out"] == pytest.approx(before, rel=0.005), "a tiny step from where the first run ended"
+    assert (out / "model.safetensors").read_bytes() != (finished / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(["pretrain", "--text", str(texts / "train.txt"), *more[:-2], "--hidden-size", "32", "--out", str(tmp_path / "other")]) == 1
+    assert "hidden_size is 32, the model in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--text", "x.txt", *more, "--decay-to", "low"])
+
+
 def test_evaluation_prints_the_model_next_to_what_it_must_beat(finished, texts, capsys):
     assert main(["pretrain", "--evaluate", str(finished), "--validation", str(texts / "held_out.txt")]) == 0
     printed = capsys.readouterr()
