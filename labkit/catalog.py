@@ -27,7 +27,7 @@ class Model:
 class Data:
     """A data set: a `folder` of data/ with train, validation and test .jsonl, or `repo`, its Hub name.
 
-    labels: the class names in the order of their ids, the same in both profiles.
+    labels: the class names in the order of their ids, the same in both profiles; () for rows without classes.
     """
 
     labels: tuple[str, ...]
@@ -68,6 +68,10 @@ CATALOG: dict[str, dict[str, Model | Data | Text]] = {
     "news": {
         "offline": Data(folder="news", labels=NEWS_LABELS),
         "hub": Data(repo="fancyzhx/ag_news", labels=NEWS_LABELS),
+    },
+    "instructions": {
+        "offline": Data(folder="instructions", labels=()),
+        "hub": Data(repo="databricks/databricks-dolly-15k", labels=()),
     },
     "reviews_classifier": {
         "offline": replace(ENCODER, adapter="models/reviews-lora"),

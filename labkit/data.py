@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 HUB_VALIDATION_ROWS = 1000
+INSTRUCTION_COLUMNS = ("id", "task", "source", "phrasing", "held_out", "instruction", "input", "answer")
+MAY_BE_EMPTY = ("input", "held_out", "phrasing")
 
 
 def load_reviews() -> DatasetDict:
@@ -27,6 +29,53 @@ def load_reviews() -> DatasetDict:
 def load_news() -> DatasetDict:
     """News briefs: `text`, `label` (0 World, 1 Sports, 2 Business, 3 Sci/Tech). Twin: fancyzhx/ag_news."""
     return _load("news", {})
+
+
+def load_instructions() -> DatasetDict:
+    """Instructions: `instruction`, `input` (may be empty), `answer`, `task`, and `id`, `source`, `phrasing`, `held_out`, all of them text.
+
+    Twin: databricks/databricks-dolly-15k, whose answers are free texts, written by people, that no exact match can score. It comes in one
+    piece: validation and test are taken from it, the same rows every time; held_out and phrasing are empty there.
+    """
+    from datasets import Features, Value, load_dataset
+
+    source = entry("instructions")
+    if source.folder is None:
+        return _instructions_from_hub(source.repo)
+    paths = {split: DATA / source.folder / f"{split}.jsonl" for split in SPLITS}
+    for path in paths.values():
+        check_instructions(path)
+    features = Features({column: Value("string") for column in INSTRUCTION_COLUMNS})
+    return load_dataset("json", data_files={split: str(path) for split, path in paths.items()}, features=features)
+
+
+def check_instructions(path: Path) -> int:
+    """Check every line of an instruction file: an object with INSTRUCTION_COLUMNS, all texts, of which MAY_BE_EMPTY may be empty; ids differ.
+
+    Returns the number of rows. Raises FileNotFoundError, or ValueError naming file, line, value and remedy.
+    """
+    name = f"{path.parent.name}/{path.name}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is not there: `python -m labkit doctor` lists what is missing")
+    seen: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{name}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg}); write one object a line") from error
+        if not isinstance(row, dict) or set(row) != set(INSTRUCTION_COLUMNS):
+            found = sorted(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise ValueError(f"{where}: has {found}; give it exactly {', '.join(INSTRUCTION_COLUMNS)}")
+        for column, value in row.items():
+            if not isinstance(value, str) or not (value.strip() or column in MAY_BE_EMPTY):
+                raise ValueError(f"{where}: {column} is {value!r}; give the row a text there or remove it")
+        if row["id"] in seen:
+            raise ValueError(f"{where}: id {row['id']!r} is that of line {seen[row['id']]} too; remove one of them")
+        seen[row["id"]] = number
+    if not seen:
+        raise ValueError(f"{name} is empty: restore it from the repository")
+    return len(seen)
 
 
 def load_pretraining_text(train: int, test: int, *, seed: int = 0) -> DatasetDict:
@@ -154,6 +203,27 @@ def _from_hub(repo: str, labels: tuple[str, ...]) -> DatasetDict:
     held_out = min(HUB_VALIDATION_ROWS, len(loaded["train"]) // 5)
     parts = loaded["train"].train_test_split(test_size=held_out, seed=0, stratify_by_column="label")
     return DatasetDict(train=parts["train"], validation=parts["test"], test=loaded["test"])
+
+
+def _instructions_from_hub(repo: str) -> DatasetDict:
+    """Dolly's columns under the course's names; rows without an instruction or an answer are left out."""
+    from datasets import DatasetDict, load_dataset
+
+    rows = load_dataset(repo)["train"]
+    wanted = {"instruction", "context", "response", "category"}
+    if not wanted <= set(rows.column_names):
+        raise ValueError(f"{repo} has the columns {rows.column_names}, the course expects {sorted(wanted)}: pin an older revision")
+
+    def renamed(row: dict, index: int) -> dict[str, str]:
+        new = {"id": str(index), "task": row["category"], "source": repo, "phrasing": "", "held_out": ""}
+        return new | {"instruction": row["instruction"], "input": row["context"] or "", "answer": row["response"]}
+
+    rows = rows.map(renamed, with_indices=True, remove_columns=rows.column_names)
+    rows = rows.filter(lambda row: row["instruction"].strip() and row["answer"].strip())
+    held_out = min(HUB_VALIDATION_ROWS, len(rows) // 10)
+    rest = rows.train_test_split(test_size=2 * held_out, seed=0)
+    parts = rest["test"].train_test_split(test_size=held_out, seed=0)
+    return DatasetDict(train=rest["train"], validation=parts["train"], test=parts["test"])
 
 
 def fingerprint(rows: Dataset) -> str:
