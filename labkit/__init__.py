@@ -23,6 +23,8 @@ if PROFILE == "offline":
         os.environ[switch] = "1"
 
 from labkit.claims import ClaimFailed  # noqa: E402
-from labkit.runtime import Lab, start  # noqa: E402
+from labkit.runtime import Lab, quiet_imports, start  # noqa: E402
+
+quiet_imports()
 
 __all__ = ["PROFILE", "ClaimFailed", "Lab", "start"]

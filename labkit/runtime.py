@@ -171,8 +171,24 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
+def quiet_imports() -> None:
+    """Switch off, by name, what libraries say while they are imported; called before any of them is.
+
+    - bitsandbytes reports on processors with bf16 that it cannot fetch a faster 4-bit kernel from the Hub. It then uses its own.
+    """
+    import logging
+
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    if _not_a_missing_kernel not in logger.filters:
+        logger.addFilter(_not_a_missing_kernel)
+
+
 def _not_a_load_report(record) -> bool:
     return "LOAD REPORT" not in record.getMessage()
+
+
+def _not_a_missing_kernel(record) -> bool:
+    return "from kernels-community" not in record.getMessage()
 
 
 def _seed_from_environment() -> int:

@@ -85,3 +85,10 @@ def test_public_functions_have_docstrings(path):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node)
     ]
     assert path.stem == "doctor" or not bare, f"no docstring: {bare}"
+
+
+def test_what_bitsandbytes_says_when_it_is_imported_is_not_seen():
+    """On processors with bf16 it reports a kernel that it cannot fetch; other warnings of that logger still show."""
+    code = "import labkit, logging, bitsandbytes; log = logging.getLogger('bitsandbytes.backends.cpu.ops'); "
+    code += "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: no'); log.warning('something else')"
+    assert python(code).stderr.splitlines() == ["something else"]
