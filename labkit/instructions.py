@@ -190,7 +190,7 @@ def _story_items(task: str, split: str, seed: int) -> list[Item]:
     return _feelings(_short_questions("why", rows, seed * 10 + 6, split), reason=task == "why")
 
 
-def _plain_place(one: Question) -> bool:
+def plain_place(one: Question) -> bool:
     """Whether a question where is about a name or a thing, and its answer is in the passage word for word, and nobody ran off to nowhere.
 
     "Went home" stands for "at home".
@@ -203,7 +203,7 @@ def _where(asked: Iterable[Question]) -> list[Item]:
     """Items on passages with several places, whose side says whether the one named last is the answer: neither yes nor no is a rule."""
     found = []
     for one in asked:
-        places = places_named(one.passage) if _plain_place(one) else []
+        places = places_named(one.passage) if plain_place(one) else []
         if len(places) > 1:
             side = "last" if places[-1] == one.answer else "another"
             found.append(Item({"who": _slot(r"Where is (.*)\?", one)[0]}, one.answer, one.passage, one.passage, side))
@@ -250,7 +250,7 @@ def _yes_or_no(asked: Iterable[Question], dice: Dice) -> list[Item]:
         if one.kind == "where":
             who = _slot(r"Where is (.*)\?", one)[0]
             true, ask, say = one.answer, f"Is {who} {{}}?", f"{who[0].upper()}{who[1:]} is {{}}."
-            others = places_named(one.passage) if _plain_place(one) else []
+            others = places_named(one.passage) if plain_place(one) else []
         else:
             thing = _slot(r"Who has (.*)\?", one)[0]
             true, ask, say = one.answer, f"Does {{}} have {thing}?", f"{{}} has {thing}."

@@ -167,6 +167,57 @@ def _as_numbers(correct: Sequence[bool]) -> np.ndarray:
     return values
 
 
+def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], num_labels: int) -> np.ndarray:
+    """How often each class was taken for each: (num_labels, num_labels) counts, the true class down, the predicted one across.
+
+    Raises ValueError when the two do not have the same number of rows, or one of them holds a class outside 0 to num_labels - 1.
+    """
+    true, answered = np.asarray(labels), np.asarray(predicted)
+    if true.shape != answered.shape or true.ndim != 1:
+        raise ValueError(f"labels of shape {true.shape} against predictions of shape {answered.shape}: give one of each for every row")
+    for name, values in (("label", true), ("prediction", answered)):
+        wrong = values[(values < 0) | (values >= num_labels)]
+        if len(wrong):
+            raise ValueError(f"a {name} is {wrong[0]}, and the classes are 0 to {num_labels - 1}: take such rows out first")
+    return np.bincount(num_labels * true + answered, minlength=num_labels**2).reshape(num_labels, num_labels)
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Rows whose confidence (the largest probability) lies in one interval: their mean confidence, their accuracy, their number."""
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+def calibration_bins(probabilities: Sequence[Sequence[float]], labels: Sequence[int], bins: int = 10) -> list[CalibrationBin]:
+    """Rows sorted by confidence into `bins` intervals (0, 1/bins], (1/bins, 2/bins] … of equal width; empty ones are left out.
+
+    probabilities: (rows, num_labels). Raises ValueError when they are not probabilities, or there is not a label for each row.
+    """
+    p, true = np.asarray(probabilities, dtype=float), np.asarray(labels)
+    if bins < 1:
+        raise ValueError(f"bins is {bins}: at least 1")
+    if p.ndim != 2 or true.shape != p.shape[:1] or not len(p):
+        raise ValueError(f"probabilities of shape {p.shape} and labels of shape {true.shape}: give (rows, num_labels) and (rows,)")
+    if p.min() < 0 or np.abs(p.sum(1) - 1).max() > 1e-3:
+        raise ValueError("the rows do not sum to 1: give probabilities, for example logits after a softmax")
+    confidence, right = p.max(1), p.argmax(1) == true
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    inside = [index == i for i in range(bins)]
+    return [CalibrationBin(float(confidence[rows].mean()), float(right[rows].mean()), int(rows.sum())) for rows in inside if rows.any()]
+
+
+def expected_calibration_error(probabilities: Sequence[Sequence[float]], labels: Sequence[int], bins: int = 10) -> float:
+    """The gap between confidence and accuracy, averaged over the rows (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599). 0 is best.
+
+    Rows are binned as in `calibration_bins`, which says what it raises; in each bin the gap is that of the means.
+    """
+    found = calibration_bins(probabilities, labels, bins)
+    return sum(one.count * abs(one.accuracy - one.confidence) for one in found) / sum(one.count for one in found)
+
+
 def perplexity(model: nn.Module, tokenizer, texts: str | Sequence[str], **options) -> float:
     """exp of the mean loss a token, in nats: between how many tokens the model is torn. Options as in `bits_per_byte`.
 

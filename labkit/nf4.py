@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 SMALLEST_ABSMAX = 1e-38  # a block of zeros is divided by this, not by zero
 ABSMAX_BLOCK = 256  # double quantization: so many absmax values share one scale
+HEADS = ("pre_classifier", "classifier", "score", "lm_head")  # what transformers calls the layers after the body
 CHUNK = 1 << 18  # values worked on at a time: intermediate results stay in the processor's cache
 
 
@@ -315,10 +316,10 @@ class Linear4bit(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.kind}, double={self.double}"
 
 
-def quantize_linears(model: nn.Module, *, skip: Iterable[str] = ("classifier", "score", "lm_head"), **options) -> list[str]:
+def quantize_linears(model: nn.Module, *, skip: Iterable[str] = HEADS, **options) -> list[str]:
     """Put a `Linear4bit` in the place of every nn.Linear of a model and return their names. options: as `Linear4bit.from_linear` takes them.
 
-    skip: parts of names to leave alone. Heads stay: they are trained, and their outputs are the answer.
+    skip: parts of names to leave alone. Heads stay: they are new or give the answer. transformers' Conv1D (GPT-2) is not replaced.
     Raises ValueError when there is nothing to replace.
     """
     skip = set(skip)

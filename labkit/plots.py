@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from labkit.measure import Interval
+    from labkit.measure import CalibrationBin, Interval
     from labkit.training import History
 
 # Okabe and Ito's colours (2008), told apart with any colour vision.
@@ -205,6 +205,92 @@ def forgetting(panels: Mapping[str, Mapping[str, Mapping[float, float]]], title:
         ax.set(xlabel=xlabel, title=text)
     axes[0].set_ylabel(ylabel)
     axes[-1].legend(frameon=False, fontsize=9)
+    _title(figure, title)
+    return figure
+
+
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], title: str) -> Figure:
+    """A square table of counts, the true class down and the predicted one across; darker is more."""
+    figure, (ax,) = _figure(1.6 + 1.1 * len(names), 1.4 + 0.8 * len(names))
+    most = max(max(row) for row in counts)
+    ax.imshow(counts, cmap="Blues", vmin=0, vmax=most)
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            ax.text(j, i, f"{count:,}", ha="center", va="center", color="white" if count > most / 2 else "black")
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="predicted", ylabel="true")
+    ax.grid(visible=False)
+    _title(figure, title)
+    return figure
+
+
+def reliability(curves: Mapping[str, Sequence[CalibrationBin]], title: str) -> Figure:
+    """Accuracy against confidence, a line a model, a dot a bin whose area shows its number of rows; on the diagonal the two agree."""
+    figure, (ax,) = _figure(5.4, 4.4)
+    ax.plot([0, 1], [0, 1], color="#777777", linestyle=":", linewidth=1)
+    for (name, bins), colour in zip(curves.items(), COLOURS):
+        confidence, accuracy = [one.confidence for one in bins], [one.accuracy for one in bins]
+        total = sum(one.count for one in bins)
+        ax.plot(confidence, accuracy, "-", color=colour, label=name)
+        ax.scatter(confidence, accuracy, s=[15 + 400 * one.count / total for one in bins], color=colour, alpha=0.5)
+    low = min(min(one.confidence, one.accuracy) for bins in curves.values() for one in bins)
+    ax.set(xlabel="confidence: the largest probability", ylabel="accuracy", xlim=(low - 0.05, 1.03), ylim=(low - 0.05, 1.03))
+    ax.legend(frameon=False, fontsize=9, loc="upper left")
+    _title(figure, title)
+    return figure
+
+
+def stacked_bars(
+    parts: Mapping[str, Mapping[str, float]], title: str, xlabel: str, marks: Mapping[str, float] | None = None, log: bool = False
+) -> Figure:
+    """A horizontal bar a name, made of parts side by side: {part: {name: value}}, top to bottom; `marks` are vertical lines with names.
+
+    log: on a log scale parts cannot be told apart by length, so each bar is drawn whole.
+    """
+    names = list(next(iter(parts.values())))
+    figure, (ax,) = _figure(8.0, 1.0 + 0.36 * len(names))
+    if log:
+        ax.barh(names, [sum(values[name] for values in parts.values()) for name in names], color=COLOURS[0])
+        ax.set_xscale("log")
+    else:
+        left = dict.fromkeys(names, 0.0)
+        for (part, values), colour in zip(parts.items(), COLOURS):
+            ax.barh(names, [values[name] for name in names], left=list(left.values()), color=colour, label=part)
+            left = {name: left[name] + values[name] for name in names}
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for name, value in (marks or {}).items():
+        ax.axvline(value, color="#777777", linestyle=":", linewidth=1)
+        ax.annotate(name, (value, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color="#555555", fontsize=9)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", color="#dddddd", linewidth=0.8)
+    ax.set_xlabel(xlabel)
+    _title(figure, title)
+    return figure
+
+
+def pareto(groups: Mapping[str, Mapping[str, tuple[float, float]]], title: str, xlabel: str, ylabel: str, best: str = "high") -> Figure:
+    """A named dot for each (cost, quality), a colour a group; a line joins those that no other beats in both. Cost on a log axis, less is better.
+
+    best: "high" where more quality is better, "low" where less is.
+    """
+    figure, (ax,) = _figure(9.0, 5.0)
+    sign = 1 if best == "high" else -1
+    points = [(cost, quality) for group in groups.values() for cost, quality in group.values()]
+    front = [p for p in points if not any(q[0] <= p[0] and sign * q[1] >= sign * p[1] and q != p for q in points)]
+    ax.step(*zip(*sorted(set(front))), where="post", color="#bbbbbb", linewidth=2, zorder=1, label="nothing is better in both")
+    for (name, group), colour, mark in zip(groups.items(), COLOURS, "os^DvPX"):
+        ax.scatter(*zip(*group.values()), color=colour, marker=mark, s=36, zorder=2, label=name)
+        for label, (cost, quality) in group.items():
+            ax.annotate(label, (cost, quality), xytext=(5, 4), textcoords="offset points", fontsize=8, color=colour)
+    ax.set_xscale("log")
+    ticks = [value * 10**power for power in range(-3, 7) for value in (1, 2, 5)]
+    low, high = 0.85 * min(p[0] for p in points), 1.35 * max(p[0] for p in points)
+    ax.set_xticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+    ax.minorticks_off()
+    ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(low, high))
+    ax.legend(frameon=False, fontsize=9, loc="lower right")
     _title(figure, title)
     return figure
 

@@ -1,4 +1,4 @@
-"""Making models smaller by leaving out: masks, structured pruning of a BERT encoder, and Huffman coding. Lab 08 builds the parts.
+"""Making models smaller by leaving out: masks, structured pruning of an encoder, and Huffman coding. Lab 08 builds the parts.
 
 A mask has the shape of its weight: True is kept, False is pruned.
 """
@@ -114,12 +114,42 @@ def mask_of_gaps(gaps: Tensor, shape: Iterable[int]) -> Tensor:
     return mask
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a BERT encoder, found by their parts."""
-    layers = [m for m in model.modules() if hasattr(m, "attention") and hasattr(m, "intermediate") and hasattr(m, "output")]
-    layers = [layer for layer in layers if hasattr(getattr(layer.attention, "self", None), "attention_head_size")]
+@dataclass(frozen=True)
+class _Layer:
+    """The parts of an encoder layer under one set of names. A linear layer is (the module that holds it, its name there)."""
+
+    attention: nn.Module
+    heads: str
+    width: str
+    inputs: tuple[str, str, str]
+    output: tuple[nn.Module, str]
+    up: tuple[nn.Module, str]
+    down: tuple[nn.Module, str]
+
+    @property
+    def value_and_output(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Weights before and after the mixing of tokens: rows of the first and columns of the second belong to a head."""
+        return getattr(self.attention, self.inputs[2]).weight, getattr(*self.output).weight
+
+    @property
+    def up_and_down(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Weights of the MLP: a row of the first and a column of the second belong to a neuron."""
+        return getattr(*self.up).weight, getattr(*self.down).weight
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    """The layers of a BERT or DistilBERT encoder, found by their parts."""
+    layers = []
+    for m in model.modules():
+        attention, inner = getattr(m, "attention", None), getattr(getattr(m, "attention", None), "self", None)
+        if hasattr(inner, "attention_head_size") and hasattr(m, "intermediate"):
+            names, output = ("query", "key", "value"), (attention.output, "dense")
+            layers.append(_Layer(inner, "num_attention_heads", "all_head_size", names, output, (m.intermediate, "dense"), (m.output, "dense")))
+        elif hasattr(attention, "q_lin") and hasattr(m, "ffn"):
+            names, output = ("q_lin", "k_lin", "v_lin"), (attention, "out_lin")
+            layers.append(_Layer(attention, "n_heads", "dim", names, output, (m.ffn, "lin1"), (m.ffn, "lin2")))
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layers built like BERT's: pass a BERT encoder, or a model that holds one")
+        raise ValueError(f"{type(model).__name__} has no layers built like BERT's or DistilBERT's: pass such an encoder, or a model that holds one")
     return layers
 
 
@@ -140,15 +170,14 @@ def head_importance(model: nn.Module, by: str = "magnitude") -> Tensor:
     """
     rows = []
     for layer in _layers(model):
-        attention, output = layer.attention.self, layer.attention.output.dense
-        scores = _scores(attention.value.weight, output.weight, by).view(-1, attention.attention_head_size)
+        scores = _scores(*layer.value_and_output, by).view(-1, layer.attention.attention_head_size)
         rows.append(scores.square().sum(1).sqrt() if by == "magnitude" else scores.sum(1).abs())
     return torch.stack(rows)
 
 
 def neuron_importance(model: nn.Module, by: str = "magnitude") -> Tensor:
     """(layers, intermediate_size): the same for the neurons between the two matrices of each MLP."""
-    return torch.stack([_scores(layer.intermediate.dense.weight, layer.output.dense.weight, by).abs() for layer in _layers(model)])
+    return torch.stack([_scores(*layer.up_and_down, by).abs() for layer in _layers(model)])
 
 
 def least_important(importance: Tensor, share: float) -> dict[int, list[int]]:
@@ -163,31 +192,31 @@ def least_important(importance: Tensor, share: float) -> dict[int, list[int]]:
 
 
 def prune_heads(model: nn.Module, heads: Mapping[int, Iterable[int]]) -> None:
-    """Take attention heads out of a BERT encoder, in place: {layer: numbers of heads}. The matrices really get smaller.
+    """Take attention heads out of a BERT or DistilBERT encoder, in place: {layer: numbers of heads}. The matrices really get smaller.
 
     The config still says the old number: to load such weights again, build the model, prune the same heads, then load the state dict.
     Raises ValueError for a head that is not there, or when a layer would lose all.
     """
     for number, layer in _chosen(model, heads):
-        attention, output = layer.attention.self, layer.attention.output
-        keep = _kept(heads[number], attention.num_attention_heads, f"heads of layer {number}")
-        size = attention.attention_head_size
+        attention, size = layer.attention, layer.attention.attention_head_size
+        keep = _kept(heads[number], getattr(attention, layer.heads), f"heads of layer {number}")
         rows = (keep[:, None] * size + torch.arange(size)).view(-1)
-        for name in ("query", "key", "value"):
-            setattr(attention, name, _slice(getattr(attention, name), rows, 0))
-        output.dense = _slice(output.dense, rows, 1)
-        attention.num_attention_heads, attention.all_head_size = len(keep), len(rows)
+        for name in layer.inputs:
+            _shrink((attention, name), rows, 0)
+        _shrink(layer.output, rows, 1)
+        setattr(attention, layer.heads, len(keep))
+        setattr(attention, layer.width, len(rows))
 
 
 def prune_neurons(model: nn.Module, neurons: Mapping[int, Iterable[int]]) -> None:
-    """Take neurons out of the MLPs of a BERT encoder, in place: {layer: numbers}; loading and errors as in `prune_heads`."""
+    """Take neurons out of the MLPs of a BERT or DistilBERT encoder, in place: {layer: numbers}; loading and errors as in `prune_heads`."""
     for number, layer in _chosen(model, neurons):
-        keep = _kept(neurons[number], layer.intermediate.dense.out_features, f"neurons of layer {number}")
-        layer.intermediate.dense = _slice(layer.intermediate.dense, keep, 0)
-        layer.output.dense = _slice(layer.output.dense, keep, 1)
+        keep = _kept(neurons[number], getattr(*layer.up).out_features, f"neurons of layer {number}")
+        _shrink(layer.up, keep, 0)
+        _shrink(layer.down, keep, 1)
 
 
-def _chosen(model: nn.Module, numbers: Mapping[int, Iterable[int]]) -> list[tuple[int, nn.Module]]:
+def _chosen(model: nn.Module, numbers: Mapping[int, Iterable[int]]) -> list[tuple[int, _Layer]]:
     layers = _layers(model)
     unknown = [number for number in numbers if not 0 <= number < len(layers)]
     if unknown:
@@ -204,7 +233,9 @@ def _kept(pruned: Iterable[int], count: int, what: str) -> Tensor:
     return torch.tensor([i for i in range(count) if i not in pruned])
 
 
-def _slice(linear: nn.Linear, keep: Tensor, axis: int) -> nn.Linear:
+def _shrink(place: tuple[nn.Module, str], keep: Tensor, axis: int) -> None:
+    """Put a smaller layer, with the kept rows (axis 0) or columns (axis 1), in the place of a linear layer."""
+    linear: nn.Linear = getattr(*place)
     weight, bias = linear.weight.detach(), linear.bias
     small = nn.utils.skip_init(nn.Linear, 1, 1, bias=bias is not None, device=weight.device, dtype=weight.dtype)
     keep = keep.to(weight.device)
@@ -212,7 +243,7 @@ def _slice(linear: nn.Linear, keep: Tensor, axis: int) -> nn.Linear:
     if bias is not None:
         small.bias = nn.Parameter(bias.detach()[keep] if axis == 0 else bias.detach().clone(), requires_grad=bias.requires_grad)
     small.out_features, small.in_features = small.weight.shape
-    return small.train(linear.training)
+    setattr(*place, small.train(linear.training))
 
 
 def huffman_lengths(counts: Mapping[int, int]) -> dict[int, int]:

@@ -237,10 +237,10 @@ def _bert(config, kind: str, num_labels: int | None) -> list[Tensors]:
         tensors += _linear(name, hidden, hidden, layers, True)
     tensors += _linear("intermediate" if kind == "bert" else "lin1", inner, hidden, layers, True)
     tensors += _linear("output" if kind == "bert" else "lin2", hidden, inner, layers, True)
-    if kind == "bert" or num_labels:
-        tensors += _linear("pooler" if kind == "bert" else "pre_classifier", hidden, hidden, 1, True)
-    head = [Tensors("classifier", (num_labels, hidden), 1, "head"), Tensors("classifier.bias", (num_labels,), 1, "head")] if num_labels else []
-    return tensors + head
+    tensors += _linear("pooler", hidden, hidden, 1, True) if kind == "bert" else []
+    # A new task's layers, which are trained whole. DistilBERT has two of them.
+    new = ([("pre_classifier", hidden)] if kind == "distilbert" else []) + [("classifier", num_labels)] if num_labels else []
+    return tensors + [Tensors(name, shape, 1, "head") for name, out in new for shape in ((out, hidden), (out,))]
 
 
 def _gpt2(config) -> list[Tensors]:
@@ -327,3 +327,23 @@ def _frozen_bytes(tensor: Tensors, method: str, dtype: torch.dtype, block_size: 
         return tensor.each + 4 * tensor.shape[0]
     blocks = math.ceil(tensor.each / block_size)
     return math.ceil(tensor.each / 2) + (4 * blocks if method == "nf4" else blocks + 4 * math.ceil(blocks / 256) + 4)
+
+
+def activation_memory(config, batch_size: int, seq: int, method: str = "full", *, rank: int = 8, targets_per_layer: int = 6) -> int:
+    """Bytes that autograd keeps of one forward pass of BERT's or DistilBERT's body in training, for the backward pass, by arithmetic.
+
+    In fp32, with plain attention, dropout on hidden vectors and none on attention weights. A token needs, in each layer: its input, query,
+    key, value, mixed value, one or two dropout masks, the inputs of both layer norms and the first one's output; both sides of the
+    activation function; a row of attention weights for each head; four statistics. method: "full", or any of METHODS for frozen layers
+    with LoRA of `rank` on so many of them in each layer: that saves what the embeddings keep, and nothing else.
+    Raises ValueError for another type of model or method.
+    """
+    if config.model_type not in ("bert", "distilbert"):
+        raise ValueError(f"what {config.model_type!r} keeps for the backward pass is not known here: use bert or distilbert")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
+    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or config.hidden_dim
+    vectors = 10 if config.model_type == "bert" else 9  # DistilBERT has no dropout after attention
+    layer = vectors * hidden + 2 * inner + config.num_attention_heads * seq + 4 + (0 if method == "full" else targets_per_layer * rank)
+    embeddings = 2 * hidden + 2 if method == "full" else 0
+    return 4 * batch_size * seq * (config.num_hidden_layers * layer + hidden + embeddings)

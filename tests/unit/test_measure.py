@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from labkit import measure
 from labkit.measure import accuracy_interval, bytes_on_disk, count_parameters, median_latency, paired_bootstrap, peak_memory
 
 
@@ -75,3 +76,25 @@ def test_a_paired_comparison_is_sharper_than_two_bare_accuracies():
     assert paired_bootstrap(a, b, seed=1) == paired_bootstrap(a, b, seed=1)
     with pytest.raises(ValueError, match="600 rows against 500"):
         paired_bootstrap(a, b[:500])
+
+
+def test_confusion_matrix_counts_true_classes_down_and_predicted_ones_across():
+    labels, predicted = [0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 0, 2]
+    assert measure.confusion_matrix(labels, predicted, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+    with pytest.raises(ValueError, match="a prediction is 3, and the classes are 0 to 2"):
+        measure.confusion_matrix([0, 1], [0, 3], 3)
+    with pytest.raises(ValueError, match="give one of each for every row"):
+        measure.confusion_matrix([0, 1], [0], 3)
+
+
+def test_expected_calibration_error_is_the_mean_gap_weighted_by_rows():
+    certain = [[0.95, 0.05]] * 4 + [[0.6, 0.4]] * 6
+    labels = [0, 0, 0, 1, 0, 0, 0, 1, 1, 1]
+    bins = measure.calibration_bins(certain, labels)
+    assert [(round(one.confidence, 2), one.accuracy, one.count) for one in bins] == [(0.6, 0.5, 6), (0.95, 0.75, 4)]
+    assert measure.expected_calibration_error(certain, labels) == pytest.approx(0.6 * 0.1 + 0.4 * 0.2)
+    assert measure.expected_calibration_error([[1.0, 0.0], [0.0, 1.0]], [0, 1]) == 0
+    with pytest.raises(ValueError, match="do not sum to 1"):
+        measure.expected_calibration_error([[2.0, 1.0]], [0])
+    with pytest.raises(ValueError, match="bins is 0"):
+        measure.calibration_bins(certain, labels, bins=0)

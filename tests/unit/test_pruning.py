@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
 
 from labkit.pruning import (
     apply_masks,
@@ -149,6 +149,27 @@ def test_pruned_heads_and_neurons_equal_silenced_ones_in_smaller_matrices(attent
     prune_neurons(again, neurons)
     again.load_state_dict(small.state_dict())
     assert torch.allclose(again.eval()(**BATCH).logits, small.eval()(**BATCH).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_distilbert_is_pruned_as_well(attention):
+    config = DistilBertConfig(vocab_size=50, dim=32, n_layers=3, n_heads=4, hidden_dim=24, attn_implementation=attention)
+    model = DistilBertForSequenceClassification(config).eval()
+    silenced, small = copy.deepcopy(model), copy.deepcopy(model)
+    heads, neurons = {0: [1, 3], 2: [0, 1, 2]}, {1: [5, 7]}
+    for number, layer in enumerate(silenced.distilbert.transformer.layer):
+        for head in heads.get(number, []):
+            layer.attention.out_lin.weight.data[:, 8 * head : 8 * head + 8] = 0
+        for neuron in neurons.get(number, []):
+            layer.ffn.lin2.weight.data[:, neuron] = 0
+    prune_heads(small, heads)
+    prune_neurons(small, neurons)
+    assert torch.allclose(small(**BATCH).logits, silenced(**BATCH).logits, atol=1e-6)
+    assert small.distilbert.transformer.layer[2].attention.q_lin.weight.shape == (8, 32)
+    assert small.distilbert.transformer.layer[1].ffn.lin1.weight.shape == (22, 32)
+    assert head_importance(model).shape == (3, 4) and neuron_importance(model).shape == (3, 24)
+    with pytest.raises(ValueError, match="heads of layer 2: all 1 would go"):
+        prune_heads(small, {2: [0]})
 
 
 @pytest.mark.parametrize("by", ["magnitude", "gradient"])

@@ -20,7 +20,7 @@ from transformers import (
 from labkit import nf4
 from labkit.codebook import kmeans_codebook, nearest_level, power_of_two_levels
 from labkit.nf4 import Linear4bit, dequantize_4bit, pack, quantize_4bit, quantize_linears, unpack
-from labkit.quantization import fake_quantize, parameters_from_config, quantize_uniform, straight_through, training_memory
+from labkit.quantization import activation_memory, fake_quantize, parameters_from_config, quantize_uniform, straight_through, training_memory
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +154,12 @@ def test_autocast_and_compute_dtype():
     assert x.grad.dtype == torch.float32 and x.grad.abs().sum() > 0
     layer = Linear4bit(weight, compute_dtype=torch.bfloat16)
     assert layer(x).dtype == torch.float32 and torch.equal(layer(x).bfloat16(), Linear4bit(weight)(x.bfloat16()))
+
+
+def test_both_layers_of_distilberts_head_stay_whole():
+    model = AutoModelForSequenceClassification.from_config(DistilBertConfig(vocab_size=50, dim=64, n_layers=1, n_heads=4, hidden_dim=64))
+    assert len(quantize_linears(model)) == 6
+    assert type(model.pre_classifier) is type(model.classifier) is nn.Linear
 
 
 def test_state_dict_comes_back():
@@ -464,6 +470,40 @@ def test_predicted_bytes_equal_measured_ones(method, dtype):
     predicted = training_memory(config, method, num_labels=2, dtype=dtype, rank=rank)
     assert (predicted.weights, predicted.gradients, predicted.optimizer) == (weights, tensor_bytes(p.grad for p in trained), state)
     assert predicted.trainable == sum(p.numel() for p in trained) and predicted.total == weights + predicted.gradients + state
+
+
+@pytest.mark.parametrize("method", ["full", "nf4-double"])
+@pytest.mark.parametrize("config", [BertConfig(**SMALL), DistilBertConfig(vocab_size=1000, dim=64, n_layers=3, n_heads=4, hidden_dim=176)])
+def test_predicted_activations_are_within_two_percent_of_what_autograd_keeps(config, method):
+    config._attn_implementation, config.num_labels = "eager", 2
+    config.attention_probs_dropout_prob = config.attention_dropout = 0.0
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    if method != "full":
+        model.requires_grad_(False)
+        for name in quantize_linears(model):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoRA(model.get_submodule(name), 8))
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(1, 1000, (4, 24))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1, 0, 1])).loss
+    assert activation_memory(config, 4, 24, method) == pytest.approx(sum(kept.values()), rel=0.02)
+    assert loss.requires_grad
+
+
+def test_activations_name_what_is_wrong():
+    with pytest.raises(ValueError, match="what 'llama' keeps .* is not known here: use bert or distilbert"):
+        activation_memory(LLAMA_7B, 1, 8)
+    with pytest.raises(ValueError, match="method is 'qlora'"):
+        activation_memory(BertConfig(**SMALL), 1, 8, "qlora")
 
 
 def test_memory_of_large_models():
