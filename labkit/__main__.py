@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     corpus.add_argument("--megabytes", type=float, default=10.0, help="how much to write (default 10)")
     corpus.add_argument("--seed", type=int, default=0)
     corpus.add_argument("--split", choices=("train", "test"), default="train", help="test tells combinations that train never tells")
+    corpus.add_argument(
+        "--recaps", type=float, default=0.0, help="probability that a sentence on who has what, or is where, follows an event (default 0)"
+    )
     corpus.add_argument("--describe", action="store_true", help="write nothing: count words and 5-grams, and compress")
     _add_pretraining(commands.add_parser("pretrain", help="train a small decoder from scratch on text files, or measure one"))
     args = parser.parse_args(arguments)
@@ -118,7 +121,7 @@ def _corpus(args: argparse.Namespace) -> int:
         return 0
     if len(args.files) > 1:
         raise ValueError(f"{len(args.files)} files to write: name one, or add --describe to read them")
-    floor = write_corpus(args.files[0], args.megabytes, seed=args.seed, split=args.split)
+    floor = write_corpus(args.files[0], args.megabytes, seed=args.seed, split=args.split, recaps=args.recaps)
     print(f"wrote {args.files[0]}: the choices behind it carry {floor:.3f} bits per byte")
     return 0
 

@@ -36,10 +36,11 @@ class Description:
         )
 
 
-def write_corpus(path: Path, megabytes: float, *, seed: int = 0, split: str = "train") -> float:
+def write_corpus(path: Path, megabytes: float, *, seed: int = 0, split: str = "train", recaps: float = 0.0) -> float:
     """Write at least so many megabytes of stories, <|endoftext|> on a line of its own after each. Returns their entropy in bits per byte.
 
-    Raises FileExistsError when `path` is there, ValueError when megabytes is not positive.
+    recaps: the probability that a sentence on who has what, or is where, follows an event.
+    Raises FileExistsError when `path` is there, ValueError when megabytes is not positive or recaps is not a probability.
     """
     from labkit.storyworld import tellers
 
@@ -49,7 +50,7 @@ def write_corpus(path: Path, megabytes: float, *, seed: int = 0, split: str = "t
         raise FileExistsError(f"{path} is there already: name a new file")
     size = bits = 0
     with whole_file(Path(path)) as part, part.open("w", encoding="utf-8", newline="\n") as file:
-        for teller in tellers(seed, split):
+        for teller in tellers(seed, split, recaps=recaps):
             story = teller.story()
             file.write(f"{story.text}\n{END_OF_TEXT}\n")
             size += len(story.text.encode())

@@ -70,15 +70,17 @@ def stories(n: int, seed: int = 0, *, split: str = "train", ending: str | None =
     return [next(teller_of).story() for _ in range(n)]
 
 
-def tellers(seed: int, split: str = "train", ending: str | None = None) -> Iterator[Teller]:
-    """An endless row of tellers, one a story, all drawing from one random source."""
+def tellers(seed: int, split: str = "train", ending: str | None = None, recaps: float = 0.0) -> Iterator[Teller]:
+    """An endless row of tellers, one a story, all drawing from one random source. recaps: see Teller."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
     if ending not in (None, "happy", "unhappy"):
         raise ValueError(f"ending is {ending!r}: choose 'happy', 'unhappy' or None")
+    if not 0 <= recaps <= 1:
+        raise ValueError(f"recaps is {recaps}: give a probability, 0 to 1")
     dice = Dice(f"storyworld {split} {seed}")
     while True:
-        yield Teller(dice, split, ending)
+        yield Teller(dice, split, ending, recaps)
 
 
 def held_out(hero: str, thing: str, plot: str) -> bool:
@@ -88,11 +90,12 @@ def held_out(hero: str, thing: str, plot: str) -> bool:
 
 @dataclass
 class Teller:
-    """Tells one story: chooses the hero and the plots, keeps the state of the world, and finds the words."""
+    """Tells one story: chooses hero and plots, keeps the world's state, finds the words. recaps: how often a reminder of it follows an event."""
 
     dice: Dice
     split: str = "train"
     ending: str | None = None
+    recaps: float = 0.0
     sentences: list[str] = field(default_factory=list)
     where: dict = field(default_factory=dict)
     feels: dict = field(default_factory=dict)
@@ -110,6 +113,7 @@ class Teller:
         self.subject = None
         self.around: list = []  # characters of the last phrasing
         self.time = False
+        self.moved: dict = {}  # entities that an event has moved, for recaps
         self.steps_left = math.inf
 
     # Choosing what the story is about
@@ -270,7 +274,20 @@ class Teller:
         self._tell(phrasings, roles, f"{name} {feeling}")
         self.events.append(Event(name, roles, ""))
         self.events[-1].gist = self._gist(self.events[-1]) if name != "feel" else ""
+        if self.recaps:
+            self._recap([roles[other if relation == "has" else subject] for subject, relation, other in verb.effects if relation in ("at", "has")])
         self.steps_left -= 1
+
+    def _recap(self, moved: list) -> None:
+        """Perhaps say where an entity is that an event has moved, this one or one before."""
+        self.moved.update(dict.fromkeys(moved))
+        known = [entity for entity in self.moved if entity in self.mentioned and self.where.get(entity) in (*self.mentioned, self.home)]
+        if not known or not self.dice.chance(self.recaps):
+            return
+        where = self.where[entity := self.dice.choose(known)]
+        at, roles = ("recap_at", "AP") if isinstance(entity, Character) else ("recap_lies", "TP")
+        name, roles = ("recap_has", "TA") if isinstance(where, Character) else (at, roles)
+        self._tell(self.book.verbs[name].phrasings[""], dict(zip(roles, (entity, where))), name)
 
     def _new_paragraph(self) -> None:
         if self.sentences and self.sentences[-1] != "\n\n":

@@ -14,7 +14,9 @@ def test_stories_are_written_whole_and_only_once(tmp_path):
         write_corpus(path, 0.02)
     with pytest.raises(ValueError, match="0"):
         write_corpus(tmp_path / "none.txt", 0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["stories.txt"]
+    write_corpus(tmp_path / "recaps.txt", 0.02, seed=1, recaps=0.5)
+    assert (tmp_path / "recaps.txt").read_text(encoding="utf-8") != text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recaps.txt", "stories.txt"]
 
 
 def test_description_counts_words_and_runs():

@@ -11,7 +11,7 @@ import pytest
 from labkit.files import DATA
 from labkit.storybook import Character, Dice, Place, Thing, book, compile_phrasing, with_article
 from labkit.storyquestions import PROBE_KINDS, QUESTION_KINDS, Probe, judge, prefers_right, probes, questions
-from labkit.storyworld import PlotError, Teller, held_out, stories
+from labkit.storyworld import PlotError, Teller, held_out, stories, tellers
 
 FORMS = {
     "character": {"", "name", "he", "him", "his", "self", "s", "He", "His"},
@@ -116,6 +116,26 @@ def test_bits_are_those_of_the_choices():
     dice.draw(range(1000))
     assert dice.bits == 3
     assert dice.chance(0.25) in (True, False) and dice.bits in (5, pytest.approx(3.415, abs=1e-3))
+
+
+def test_recaps_say_what_is_true_and_are_off_unless_asked_for():
+    told = []
+
+    class Watched(Teller):
+        def _tell(self, phrasings, bound, key):
+            if key.startswith("recap") and phrasings is self.book.verbs[key].phrasings[""]:
+                told.append(key)
+                subject, other = bound.get("A", bound.get("T")), bound.get("P", bound.get("T"))
+                assert self.where[other] is subject if key == "recap_has" else self.where[subject] is other
+            super()._tell(phrasings, bound, key)
+
+    dice = Dice("recaps")
+    texts = [Watched(dice, recaps=0.5).story().text for _ in range(60)]
+    assert set(told) == {"recap_has", "recap_at", "recap_lies"}
+    assert len(told) > 100 and all(texts)
+    assert [next(tellers(3)).story().text for _ in range(1)] == [stories(1, 3)[0].text]
+    with pytest.raises(ValueError, match=r"recaps is 1\.5"):
+        next(tellers(0, recaps=1.5))
 
 
 def test_bad_requests_name_the_value():
