@@ -19,6 +19,7 @@ from labkit.files import DATA, write_text
 from labkit.instruction_tasks import WRITTEN_TASKS, Item, shuffled, written
 from labkit.storybook import Dice, book
 from labkit.storyquestions import Question, questions
+from labkit.tokens import CHAT_MARKS, CHAT_TEMPLATE
 
 SPLITS = ("train", "validation", "test")
 ROWS = {"train": 120, "validation": 8, "test": 30}  # of each task
@@ -78,6 +79,18 @@ def as_prompt_completion(row: Mapping[str, str]) -> dict[str, list[dict[str, str
     """A row as `{"prompt": [user], "completion": [assistant]}`: from this shape trl's SFTTrainer takes the loss on the completion only."""
     user, assistant = as_messages(row)["messages"]
     return {"prompt": [user], "completion": [assistant]}
+
+
+def give_chat_marks(tokenizer, model) -> None:
+    """Give a tokenizer without a chat template the course's own, and tokenizer and model the three tokens it needs. Twice changes nothing.
+
+    The course's decoder has them already. GPT-2's vocabulary grows by three; their embeddings start at the mean of the others.
+    """
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.add_special_tokens({"extra_special_tokens": list(CHAT_MARKS)})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
 
 
 def normalise(text: str) -> str:

@@ -106,11 +106,37 @@ def intervals(results: Mapping[str, Interval], title: str, xlabel: str, referenc
     return figure
 
 
+def before_after(
+    results: Mapping[str, Sequence[Interval]], title: str, xlabel: str, names: tuple[str, str], guess: Mapping[str, float] | None = None
+) -> Figure:
+    """Two dots with their intervals for each row, the second above; a grey mark at a guess. From top to bottom in the order given."""
+    figure, (ax,) = _figure(7.0, 1.2 + 0.3 * len(results))
+    for row, pair in enumerate(results.values()):
+        for value, colour, offset, marker in zip(pair, (COLOURS[1], COLOURS[0]), (0.15, -0.15), "so"):
+            bars = [[value.value - value.low], [value.high - value.value]]
+            ax.errorbar(value.value, row + offset, xerr=bars, marker=marker, markersize=5, linewidth=1.2, color=colour)
+    for name, colour, marker in zip(names, (COLOURS[1], COLOURS[0]), "so"):
+        ax.plot([], [], marker=marker, markersize=5, color=colour, label=name)
+    if guess:
+        ax.plot([guess[name] for name in results], range(len(results)), "|", markersize=11, color="#555555", label="a guess among the options")
+    ax.set_yticks(range(len(results)), list(results), fontsize=9)
+    ax.set(xlabel=xlabel, xlim=(-0.03, 1.03), ylim=(len(results) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", color="#dddddd", linewidth=0.8)
+    ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.35 / max(1, 0.3 * len(results)) - 0.02), ncols=3)
+    _title(figure, title)
+    return figure
+
+
 def lines(series: Mapping[str, Mapping[float, float]], title: str, xlabel: str, ylabel: str) -> Figure:
-    """A line through the points {x: y} of each name, from zero up; a single unnamed series has no legend."""
+    """A line through the points {x: y} of each name, from zero up; a single unnamed series has no legend. Whole numbers x get whole ticks."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, (ax,) = _figure(7.0, 3.4)
     for (name, points), colour, mark in zip(series.items(), COLOURS, "os^Dv"):
         ax.plot(list(points), list(points.values()), marker=mark, markersize=4, color=colour, label=name)
+    if all(isinstance(x, int) for points in series.values() for x in points):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     if list(series) != [""]:
         ax.legend(frameon=False, fontsize=9)

@@ -155,6 +155,7 @@ def quiet_libraries() -> None:
       missing weights itself and raises when one is missing that should not be.
     - datasets' progress bars (reading 1,200 rows).
     - a deprecation that peft 0.21 meets inside transformers 5.23 whenever it wraps a model; nothing a learner could change.
+    - what PyTorch 2.13 says of its int8 layers and its sparse matrices: that they are to be replaced, or new. Lab 08 says so in its text.
     """
     import logging
     import warnings
@@ -169,6 +170,9 @@ def quiet_libraries() -> None:
         if not any(getattr(f, "__name__", "") == "_not_a_load_report" for f in target.filters):
             target.addFilter(_not_a_load_report)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel", category=UserWarning)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state", category=UserWarning)
 
 
 def quiet_imports() -> None:

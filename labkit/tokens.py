@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+# A conversation in the chat marks (Jinja, as transformers reads it). A message begins with a space, as words in running text do.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 CHAT_MARKS = ("<|user|>", "<|assistant|>", "<|end|>")  # no text holds them; reserved for supervised fine-tuning
 STORYWORLD = "storyworld"
 STORIES_AT_ONCE = 2000
@@ -181,6 +186,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, context: int) -> PreT
         eos_token=END_OF_TEXT,
         pad_token=PAD,
         extra_special_tokens=list(CHAT_MARKS),
+        chat_template=CHAT_TEMPLATE,
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )

@@ -24,6 +24,7 @@ from labkit.instructions import (
     as_prompt_completion,
     chance,
     exact_match,
+    give_chat_marks,
     majority_baseline,
     matches_by_task,
     names_in,
@@ -369,6 +370,31 @@ def test_scores_and_baselines_by_task():
     assert chance([{"task": "rhyme", "answer": answer} for answer in "abcdef"]) == {"rhyme": pytest.approx(1 / 3)}
     with pytest.raises(ValueError, match="1 predictions for 4 rows: give one for each row"):
         matches_by_task(["two"], rows)
+
+
+def test_the_decoders_tokenizer_knows_the_chat_template():
+    tokenizer = load_tokenizer("decoder")
+    row = {"instruction": "Which is smaller, a hill or a goat?", "input": "", "answer": "a goat"}
+    text = tokenizer.apply_chat_template(as_messages(row)["messages"], tokenize=False)
+    assert text == "<|endoftext|><|user|> Which is smaller, a hill or a goat?<|end|><|assistant|> a goat<|end|>"
+    asked = tokenizer.apply_chat_template(as_messages(row)["messages"][:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(asked) and asked.endswith("<|assistant|>")
+
+
+def test_a_vocabulary_without_chat_marks_grows_by_them_once():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "hello": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    config = LlamaConfig(vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config)
+    for _ in range(2):
+        give_chat_marks(tokenizer, model)
+        assert len(tokenizer) == 6 == model.get_input_embeddings().num_embeddings == model.get_output_embeddings().out_features
+    row = {"instruction": "hello", "input": "", "answer": "hello hello"}
+    assert tokenizer.apply_chat_template(as_messages(row)["messages"])["input_ids"] == [0, 3, 1, 5, 4, 1, 1, 5]
 
 
 def test_chat_shapes_are_those_of_trl():
