@@ -77,6 +77,10 @@ CATALOG: dict[str, dict[str, Model | Data | Text]] = {
         "offline": replace(ENCODER, adapter="models/reviews-lora"),
         "hub": Model(repo="distilbert/distilbert-base-uncased-finetuned-sst-2-english"),
     },
+    "sft_decoder": {
+        "offline": Model(folder="models/decoder", adapter="models/decoder-sft-lora"),
+        "hub": Model(repo="HuggingFaceTB/SmolLM2-135M-Instruct"),
+    },
     "pretraining_text": {
         "offline": Text(),
         "hub": Text(repo="Salesforce/wikitext", config="wikitext-103-raw-v1"),

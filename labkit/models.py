@@ -94,14 +94,34 @@ def load_classifier() -> PreTrainedModel:
     if source.adapter is None:
         model = AutoModelForSequenceClassification.from_pretrained(model_location(source))
     else:
-        from peft import PeftModel
-
-        name = f"{source.adapter}/adapter_model.safetensors"
-        remedy = "run `git restore data`, or `python data/models/make_reviews_adapter.py` to train it anew"
-        check_weights(DATA / name, read_sums(DATA / "SHA256SUMS").get(name, "(not listed in data/SHA256SUMS)"), remedy)
-        model = PeftModel.from_pretrained(load_encoder(len(labels)), str(DATA / source.adapter)).merge_and_unload()
+        model = _with_adapter(load_encoder(len(labels)), source.adapter, "make_reviews_adapter.py")
     model.config.id2label, model.config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     return model.eval()
+
+
+def load_sft_decoder() -> PreTrainedModel:
+    """The decoder after supervised fine-tuning on instructions, in eval mode, fp32. Its tokenizer: `load_tokenizer("sft_decoder")`.
+
+    Offline it is the decoder with a LoRA adapter merged into it. Raises FileNotFoundError or ValueError (with the remedy) as
+    `load_classifier` does.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = entry("sft_decoder")
+    if source.adapter is None:
+        return AutoModelForCausalLM.from_pretrained(model_location(source), dtype=torch.float32).eval()
+    return _with_adapter(load_decoder(), source.adapter, "make_sft_adapter.py").eval()
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str, script: str) -> PreTrainedModel:
+    """A model with the checked adapter of data/ merged into its weights."""
+    from peft import PeftModel
+
+    name = f"{adapter}/adapter_model.safetensors"
+    remedy = f"run `git restore data`, or `python data/models/{script}` to train it anew"
+    check_weights(DATA / name, read_sums(DATA / "SHA256SUMS").get(name, "(not listed in data/SHA256SUMS)"), remedy)
+    return PeftModel.from_pretrained(model, str(DATA / adapter)).merge_and_unload()
 
 
 def model_location(source: Model) -> str:

@@ -308,17 +308,39 @@ def pareto(groups: Mapping[str, Mapping[str, tuple[float, float]]], title: str, 
     ax.step(*zip(*sorted(set(front))), where="post", color="#bbbbbb", linewidth=2, zorder=1, label="nothing is better in both")
     for (name, group), colour, mark in zip(groups.items(), COLOURS, "os^DvPX"):
         ax.scatter(*zip(*group.values()), color=colour, marker=mark, s=36, zorder=2, label=name)
-        for label, (cost, quality) in group.items():
-            ax.annotate(label, (cost, quality), xytext=(5, 4), textcoords="offset points", fontsize=8, color=colour)
     ax.set_xscale("log")
     ticks = [value * 10**power for power in range(-3, 7) for value in (1, 2, 5)]
     low, high = 0.85 * min(p[0] for p in points), 1.35 * max(p[0] for p in points)
     ax.set_xticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
     ax.minorticks_off()
     ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(low, high))
+    ax.margins(y=0.1)
     ax.legend(frameon=False, fontsize=9, loc="lower right")
     _title(figure, title)
+    _label_dots(ax, [(label, *point, colour) for group, colour in zip(groups.values(), COLOURS) for label, point in group.items()])
     return figure
+
+
+def _label_dots(ax: Axes, dots: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write each (text, x, y, colour) beside its dot, off all dots and the texts before it; a thin line leads to a text that is far away."""
+    ax.figure.draw_without_rendering()
+    scale, places = ax.figure.dpi / 72, ax.transData.transform([dot[1:3] for dot in dots])
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    left, bottom, right, top = ax.bbox.extents
+    for (text, *point, colour), (x, y) in sorted(zip(dots, places), key=lambda one: -one[1][1]):
+        width, height, tried = 4.7 * scale * len(text), 9 * scale, []
+        for rise in sorted(range(-80, 81, 5), key=lambda r: abs(r - 3)):
+            for side in (1, -1):
+                start = x + 7 * scale if side > 0 else x - 7 * scale - width
+                box = (start, y + (rise - 3) * scale, start + width, y + (rise - 3) * scale + height)
+                hidden = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+                outside = box[0] < left or box[2] > right or box[1] < bottom or box[3] > top
+                tried.append((hidden + 10 * outside, len(tried), rise, side, box))
+        _, _, rise, side, box = min(tried)
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2} if abs(rise) > 12 else None
+        options = {"textcoords": "offset points", "ha": "left" if side > 0 else "right", "fontsize": 8, "color": colour, "arrowprops": line}
+        ax.annotate(text, point, xytext=(7 * side, rise - 3), **options)
 
 
 def _log_axis(axis) -> None:
