@@ -46,6 +46,8 @@ def main() -> int:
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--train-on", choices=("real", "written"), help="one of the two (default: both)")
+    parser.add_argument("--test-length", type=int, default=MAX_LENGTH, help="tokens of a test row; training rows are cut at 128")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     lab = labkit.start("real_text")
@@ -60,8 +62,8 @@ def main() -> int:
         "written": (written["train"], written["validation"]),
     }
     tests = {"real": real["test"], "written": written["test"]}
-    tests = {name: encode_rows(rows, tokenizer, MAX_LENGTH) for name, rows in tests.items()}
-    for name, parts in sets.items():
+    tests = {name: encode_rows(rows, tokenizer, args.test_length) for name, rows in tests.items()}
+    for name, parts in sets.items() if args.train_on is None else [(args.train_on, sets[args.train_on])]:
         train, validation = (encode_rows(rows, tokenizer, MAX_LENGTH) for rows in parts)
         model = EncoderClassifier(num_labels, args.seed)
         rate = args.learning_rate or 1e-4
