@@ -155,6 +155,7 @@ def quiet_libraries() -> None:
       missing weights itself and raises when one is missing that should not be.
     - datasets' progress bars (reading 1,200 rows).
     - a deprecation that peft 0.21 meets inside transformers 5.23 whenever it wraps a model; nothing a learner could change.
+    - what bitsandbytes says in every step of an int8 layer on bf16 input: that it computes in fp16.
     - what PyTorch 2.13 says of its int8 layers and its sparse matrices: that they are to be replaced, or new. Lab 08 says so in its text.
     """
     import logging
@@ -169,6 +170,9 @@ def quiet_libraries() -> None:
         target = logging.getLogger(logger)
         if not any(getattr(f, "__name__", "") == "_not_a_load_report" for f in target.filters):
             target.addFilter(_not_a_load_report)
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if _not_a_cast not in logger.filters:
+        logger.addFilter(_not_a_cast)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel", category=UserWarning)
@@ -189,6 +193,10 @@ def quiet_imports() -> None:
 
 def _not_a_load_report(record) -> bool:
     return "LOAD REPORT" not in record.getMessage()
+
+
+def _not_a_cast(record) -> bool:
+    return "inputs will be cast" not in record.getMessage()
 
 
 def _not_a_missing_kernel(record) -> bool:
