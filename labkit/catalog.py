@@ -73,6 +73,10 @@ CATALOG: dict[str, dict[str, Model | Data | Text]] = {
         "offline": Data(folder="instructions", labels=()),
         "hub": Data(repo="databricks/databricks-dolly-15k", labels=()),
     },
+    "preferences": {
+        "offline": Data(folder="preferences", labels=()),
+        "hub": Data(folder="preferences", labels=()),
+    },
     "reviews_classifier": {
         "offline": replace(ENCODER, adapter="models/reviews-lora"),
         "hub": Model(repo="distilbert/distilbert-base-uncased-finetuned-sst-2-english"),

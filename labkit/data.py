@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ SPLITS = ("train", "validation", "test")
 HUB_VALIDATION_ROWS = 1000
 INSTRUCTION_COLUMNS = ("id", "task", "source", "phrasing", "held_out", "instruction", "input", "answer")
 MAY_BE_EMPTY = ("input", "held_out", "phrasing")
+PREFERENCE_COLUMNS = ("id", "criterion", "source", "prompt", "chosen", "rejected", "truth")
 
 
 def load_reviews() -> DatasetDict:
@@ -49,11 +50,44 @@ def load_instructions() -> DatasetDict:
     return load_dataset("json", data_files={split: str(path) for split, path in paths.items()}, features=features)
 
 
+def load_preferences() -> DatasetDict:
+    """Preference pairs: `prompt`, `chosen`, `rejected`, and `id`, `criterion`, `source`, `truth` (JSON for `preference_judge`), all of them text.
+
+    The same files in both profiles: preference sets on the Hub say which side people liked better, and nothing that a rule could judge a new
+    completion by.
+    """
+    from datasets import Features, Value, load_dataset
+
+    source = entry("preferences")
+    paths = {split: DATA / source.folder / f"{split}.jsonl" for split in SPLITS}
+    for path in paths.values():
+        check_preferences(path)
+    features = Features({column: Value("string") for column in PREFERENCE_COLUMNS})
+    return load_dataset("json", data_files={split: str(path) for split, path in paths.items()}, features=features)
+
+
+def check_preferences(path: Path) -> int:
+    """Check every line of a file of pairs: an object with PREFERENCE_COLUMNS, all of them texts, two different sides; ids differ.
+
+    Returns the number of rows. Raises FileNotFoundError, or ValueError naming file, line, value and remedy.
+    """
+
+    def sides(row: dict) -> str:
+        return f"chosen and rejected are both {row['chosen']!r}; remove the pair" if row["chosen"] == row["rejected"] else ""
+
+    return _check_texts(path, PREFERENCE_COLUMNS, (), sides)
+
+
 def check_instructions(path: Path) -> int:
     """Check every line of an instruction file: an object with INSTRUCTION_COLUMNS, all texts, of which MAY_BE_EMPTY may be empty; ids differ.
 
     Returns the number of rows. Raises FileNotFoundError, or ValueError naming file, line, value and remedy.
     """
+    return _check_texts(path, INSTRUCTION_COLUMNS, MAY_BE_EMPTY)
+
+
+def _check_texts(path: Path, columns: tuple[str, ...], may_be_empty: tuple[str, ...], fault: Callable[[dict], str] = lambda row: "") -> int:
+    """Check rows whose columns are all texts, with ids that differ. fault: what else is wrong with a row, in words, or ""."""
     name = f"{path.parent.name}/{path.name}"
     if not path.is_file():
         raise FileNotFoundError(f"{name} is not there: `python -m labkit doctor` lists what is missing")
@@ -64,14 +98,16 @@ def check_instructions(path: Path) -> int:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error.msg}); write one object a line") from error
-        if not isinstance(row, dict) or set(row) != set(INSTRUCTION_COLUMNS):
+        if not isinstance(row, dict) or set(row) != set(columns):
             found = sorted(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise ValueError(f"{where}: has {found}; give it exactly {', '.join(INSTRUCTION_COLUMNS)}")
+            raise ValueError(f"{where}: has {found}; give it exactly {', '.join(columns)}")
         for column, value in row.items():
-            if not isinstance(value, str) or not (value.strip() or column in MAY_BE_EMPTY):
+            if not isinstance(value, str) or not (value.strip() or column in may_be_empty):
                 raise ValueError(f"{where}: {column} is {value!r}; give the row a text there or remove it")
         if row["id"] in seen:
             raise ValueError(f"{where}: id {row['id']!r} is that of line {seen[row['id']]} too; remove one of them")
+        if fault(row):
+            raise ValueError(f"{where}: {fault(row)}")
         seen[row["id"]] = number
     if not seen:
         raise ValueError(f"{name} is empty: restore it from the repository")

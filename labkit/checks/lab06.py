@@ -343,3 +343,52 @@ def adapter_state(candidate: Callable) -> None:
             "after more training the kept task had changed as well: detach().clone() every tensor",
         )
         report("no graph attached", not any(t.requires_grad for t in state.values()), "the copies ask for gradients: detach them")
+
+
+def low_rank(candidate: Callable) -> None:
+    """`low_rank(update, rank)`: B (out_features, rank) and A (rank, in_features), B A the closest matrix of that rank, strongest direction first."""
+    with reporting("low_rank") as report:
+        for rows, columns in ((9, 14), (14, 9)):
+            update = torch.randn(rows, columns)
+            u, s, vh = torch.linalg.svd(update, full_matrices=False)
+            b, a = candidate(update, 3)
+            turned = tuple(b.shape) == (3, columns) and tuple(a.shape) == (rows, 3)
+            report("B before A", not turned, "A came first: return B (out_features, rank), then A (rank, in_features)")
+            for name, matrix, shape in (("B", b, (rows, 3)), ("A", a, (3, columns))):
+                report(f"{name} is {shape}", tuple(matrix.shape) == shape, f"{name} has shape {tuple(matrix.shape)}, expected {shape} for rank 3")
+            known = {
+                "the singular values are missing: multiply the columns of U, or the rows of Vh, by them": u[:, :3] @ vh[:3],
+                "the singular values are in both matrices: put them into one, or their roots into both": (u[:, :3] * s[:3] ** 2) @ vh[:3],
+                "these are the last directions: the singular values come largest first, take the first ones": (u[:, -3:] * s[-3:]) @ vh[-3:],
+            }
+            _product(report, b @ a, (u[:, :3] * s[:3]) @ vh[:3], known, "as close as rank 3 can be", "sum the first terms of the decomposition")
+            weaker = "the first column of B and the first row of A are not the strongest direction: keep the order of the singular values"
+            _product(report, b[:, :1] @ a[:1], (u[:, :1] * s[:1]) @ vh[:1], {}, "the strongest direction first", weaker)
+
+
+def combine(candidate: Callable) -> None:
+    """`combine(states, weights)`: A and B, by name, of one LoRA whose product is the weighted sum of the others' products."""
+    with reporting("combine") as report:
+        states = [{"classifier.bias": torch.randn(rank), "up.lora_A": torch.randn(rank, 7), "up.lora_B": torch.randn(12, rank)} for rank in (2, 3)]
+        before, products = copy.deepcopy(states), [state["up.lora_B"] @ state["up.lora_A"] for state in states]
+        combined = candidate(states, [0.5, -2.0])
+        report("a dict by name", isinstance(combined, dict), "return {name: tensor}, with the names of the states")
+        report("leaves heads out", "classifier.bias" not in combined, "it holds a head, and heads of two tasks cannot be added: leave it out")
+        report("every A and B", combined.keys() == {"up.lora_A", "up.lora_B"}, f"it holds {sorted(combined)}, expected every lora_A and lora_B")
+        a, b = combined["up.lora_A"], combined["up.lora_B"]
+        advice = f"A is {tuple(a.shape)} and B {tuple(b.shape)}: put the A on top of one another, (5, 7), and the B side by side, (12, 5)"
+        report("rank 2 + 3", tuple(a.shape) == (5, 7) and tuple(b.shape) == (12, 5), advice)
+        known = {
+            "the weights are missing: multiply each B, or each A, by its weight": products[0] + products[1],
+            "the weights are in A and in B, so the product has their squares: put them into one of the two": 0.25 * products[0] + 4 * products[1],
+            "the weights are exchanged: the first weight belongs to the first state": -2 * products[0] + 0.5 * products[1],
+        }
+        advice = "B A is not the weighted sum of the products: A and B must be put together in the same order of the states"
+        _product(report, b @ a, 0.5 * products[0] - 2 * products[1], known, "the weighted sum of the updates", advice)
+        same = all(torch.equal(state[name], kept[name]) for state, kept in zip(states, before) for name in kept)
+        report("leaves the states alone", same, "the states were changed: multiply into a new tensor, not in place")
+
+
+def _product(report, product: Tensor, right: Tensor, known: dict[str, Tensor], what: str, advice: str) -> None:
+    found = next((message for message, wrong in known.items() if torch.allclose(product, wrong, atol=1e-4)), advice)
+    report(what, torch.allclose(product, right, atol=1e-4), found)

@@ -157,7 +157,59 @@ def without(part):
     return (lambda model: {name: tensor for name, tensor in right_state(model).items() if part not in name},)
 
 
+def right_low_rank(update, rank):
+    """Roots of the singular values on both sides, from the eigenvectors of the smaller of the two products."""
+    values, vectors = torch.linalg.eigh(update.double().T @ update.double())
+    a = vectors[:, -rank:].flip(1).T
+    roots = values[-rank:].flip(0).clamp(min=0) ** 0.25
+    b = (update.double() @ a.T) / roots
+    return b.float(), (a * roots.unsqueeze(1)).float()
+
+
+def svd_with(change):
+    """low_rank with one thing wrong: change(u, s, vh, rank) -> (B, A)."""
+    return (lambda update, rank: change(*torch.linalg.svd(update, full_matrices=False), rank),)
+
+
+def right_combine(states, weights):
+    return {
+        name: torch.hstack([w * state[name] for w, state in zip(weights, states)])
+        if name.endswith("B")
+        else torch.vstack([state[name] for state in states])
+        for name in states[0]
+        if "lora" in name
+    }
+
+
+def combined(*, heads=False, on_a=False, on_b=True, flip=False, turn=False, average=False, in_place=False):
+    """combine with one thing wrong at a time."""
+
+    def combine(states, weights):
+        weights = weights[::-1] if turn else weights
+        out = {}
+        for name in states[0]:
+            parts = [state[name] for state in states]
+            if "classifier" in name:
+                if heads:
+                    out[name] = parts[0]
+                continue
+            on = on_b if name.endswith("B") else on_a
+            parts = [(part.mul_(w) if in_place else w * part) if on else part for w, part in zip(weights, parts)]
+            if average:
+                rank = min(min(part.shape) for part in parts)
+                parts = [part[:, :rank] if name.endswith("B") else part[:rank] for part in parts]
+                out[name] = sum(parts)
+                continue
+            parts = parts[::-1] if flip and name.endswith("B") else parts
+            out[name] = torch.cat(parts, dim=1 if name.endswith("B") else 0)
+        return out
+
+    return (combine,)
+
+
 RIGHT = {
+    check.low_rank: (right_low_rank,),
+    check.combine: (right_combine,),
     check.lora_linear: (Right,),
     check.inject: (injector(),),
     check.merge: (Right, merger(), unmerger()),
@@ -165,6 +217,26 @@ RIGHT = {
 }
 
 WRONG = {
+    check.low_rank: {
+        "no singular values": (svd_with(lambda u, s, vh, r: (u[:, :r], vh[:r])), "the singular values are missing"),
+        "singular values twice": (svd_with(lambda u, s, vh, r: (u[:, :r] * s[:r], s[:r, None] * vh[:r])), "the singular values are in both matrices"),
+        "last directions": (svd_with(lambda u, s, vh, r: (u[:, -r:] * s[-r:], vh[-r:])), "these are the last directions"),
+        "A first": (svd_with(lambda u, s, vh, r: (vh[:r], u[:, :r] * s[:r])), "A came first"),
+        "the whole matrix": (svd_with(lambda u, s, vh, r: (u * s, vh)), "expected (9, 3) for rank 3"),
+        "other order": (svd_with(lambda u, s, vh, r: ((u[:, :r] * s[:r]).flip(1), vh[:r].flip(0))), "keep the order of the singular values"),
+        "first columns": ((lambda update, rank: (update[:, :rank], torch.eye(rank, update.shape[1])),), "sum the first terms of the decomposition"),
+    },
+    check.combine: {
+        "no weights": (combined(on_b=False), "the weights are missing"),
+        "weights twice": (combined(on_a=True), "the product has their squares"),
+        "weights exchanged": (combined(turn=True), "the weights are exchanged"),
+        "heads kept": (combined(heads=True), "it holds a head"),
+        "A and B added": (combined(average=True), "put the A on top of one another"),
+        "orders differ": (combined(flip=True), "in the same order of the states"),
+        "in place": (combined(in_place=True), "the states were changed"),
+        "only B": ((lambda states, weights: {n: t for n, t in right_combine(states, weights).items() if n.endswith("B")},), "expected every lora_A"),
+        "a list": ((lambda states, weights: list(right_combine(states, weights).values()),), "return {name: tensor}"),
+    },
     check.lora_linear: {
         "alpha unscaled": ((scaled(lambda alpha, rank: alpha),), "your update is scaled by alpha; LoRA scales by alpha / rank"),
         "no scale": ((scaled(lambda alpha, rank: 1.0),), "your update is not scaled; LoRA scales by alpha / rank"),

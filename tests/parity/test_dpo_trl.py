@@ -12,7 +12,6 @@ from labkit import preferences
 from labkit.models import load_tokenizer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
 ]
@@ -60,7 +59,7 @@ def test_dpo_equals_trl_in_value_and_gradient(models, tmp_path, beta):
         bf16=False,
         use_cpu=True,
         report_to="none",
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         disable_dropout=True,
         disable_tqdm=True,
         max_length=None,
@@ -100,7 +99,7 @@ def test_rloo_advantages_equal_trl(tmp_path, models, beta):
         bf16=False,
         use_cpu=True,
         report_to="none",
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         disable_tqdm=True,
         num_generations=4,
         per_device_train_batch_size=8,
@@ -137,7 +136,7 @@ def test_bradley_terry_equals_the_reward_trainers_loss(tmp_path):
     model = LlamaForSequenceClassification(tiny().config)
     model.config.num_labels, model.config.pad_token_id = 1, load_tokenizer("decoder").pad_token_id
     model.score = nn.Linear(32, 1, bias=False)
-    settings = RewardConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, disable_tqdm=True)
+    settings = RewardConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", activation_checkpointing=False, disable_tqdm=True)
     trainer = RewardTrainer(model, settings, train_dataset=Dataset.from_list(PAIRS), processing_class=load_tokenizer("decoder"))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     trainer.model.eval()

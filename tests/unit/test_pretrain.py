@@ -68,7 +68,7 @@ def test_the_command_trains_and_writes_what_transformers_loads(finished, texts):
     assert entries[-1]["bits_per_byte"]["held_out"] < entries[0]["bits_per_byte"]["held_out"]
     assert all(entry["tokens_per_second"] > 0 and entry["utilisation"] > 0 for entry in entries)
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run",
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run",
     }  # fmt: skip
     model, tokenizer = AutoModelForCausalLM.from_pretrained(finished), AutoTokenizer.from_pretrained(finished)
     assert model.dtype == torch.float16 and model.lm_head.weight is model.model.embed_tokens.weight
