@@ -38,16 +38,10 @@ def load_instructions() -> DatasetDict:
     Twin: databricks/databricks-dolly-15k, whose answers are free texts, written by people, that no exact match can score. It comes in one
     piece: validation and test are taken from it, the same rows every time; held_out and phrasing are empty there.
     """
-    from datasets import Features, Value, load_dataset
-
     source = entry("instructions")
     if source.folder is None:
         return _instructions_from_hub(source.repo)
-    paths = {split: DATA / source.folder / f"{split}.jsonl" for split in SPLITS}
-    for path in paths.values():
-        check_instructions(path)
-    features = Features({column: Value("string") for column in INSTRUCTION_COLUMNS})
-    return load_dataset("json", data_files={split: str(path) for split, path in paths.items()}, features=features)
+    return _load_texts(source.folder, INSTRUCTION_COLUMNS, check_instructions)
 
 
 def load_preferences() -> DatasetDict:
@@ -56,13 +50,17 @@ def load_preferences() -> DatasetDict:
     The same files in both profiles: preference sets on the Hub say which side people liked better, and nothing that a rule could judge a new
     completion by.
     """
+    return _load_texts(entry("preferences").folder, PREFERENCE_COLUMNS, check_preferences)
+
+
+def _load_texts(folder: str, columns: tuple[str, ...], check: Callable[[Path], int]) -> DatasetDict:
+    """The three checked files of a folder of data/, whose columns are all texts."""
     from datasets import Features, Value, load_dataset
 
-    source = entry("preferences")
-    paths = {split: DATA / source.folder / f"{split}.jsonl" for split in SPLITS}
+    paths = {split: DATA / folder / f"{split}.jsonl" for split in SPLITS}
     for path in paths.values():
-        check_preferences(path)
-    features = Features({column: Value("string") for column in PREFERENCE_COLUMNS})
+        check(path)
+    features = Features({column: Value("string") for column in columns})
     return load_dataset("json", data_files={split: str(path) for split, path in paths.items()}, features=features)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,11 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_rows(path: Path, rows: Iterable[Mapping]) -> None:
+    """Write one JSON object a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -54,3 +60,9 @@ def read_sums(path: Path) -> dict[str, str]:
     """A `sha256sum`-format list: name -> SHA-256 in hexadecimal."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, name in (line.split(maxsplit=1) for line in lines if line.strip())}
+
+
+def record_sum(data: Path, name: str) -> None:
+    """Put the SHA-256 of the file `name` in the folder `data` into its list, SHA256SUMS, which the loaders check."""
+    sums = read_sums(data / "SHA256SUMS") | {name: sha256(data / name)}
+    write_text(data / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))

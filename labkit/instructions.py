@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from labkit.files import DATA, write_text
+from labkit.files import DATA, write_rows
 from labkit.instruction_tasks import WRITTEN_TASKS, Item, shuffled, written
 from labkit.storybook import Dice, book
 from labkit.storyquestions import Question, questions
@@ -61,7 +60,7 @@ def build(seed: int = 0) -> dict[str, list[dict[str, str]]]:
 def write_files(folder: Path = DATA / "instructions", seed: int = 0) -> None:
     """Write train.jsonl, validation.jsonl and test.jsonl. Afterwards make data/SHA256SUMS anew."""
     for split, rows in build(seed).items():
-        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(folder / f"{split}.jsonl", rows)
 
 
 def prompt(row: Mapping[str, str]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit.catalog import Model, entry
-from labkit.files import DATA, read_sums, sha256
+from labkit.files import DATA, read_sums, record_sum, sha256, whole_file, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,6 +125,27 @@ def _with_adapter(model: PreTrainedModel, adapter: str, script: str) -> PreTrain
     remedy = f"run `git restore data`, or `python data/models/{script}` to train it anew"
     check_weights(DATA / name, read_sums(DATA / "SHA256SUMS").get(name, "(not listed in data/SHA256SUMS)"), remedy)
     return PeftModel.from_pretrained(model, str(DATA / adapter)).merge_and_unload()
+
+
+def save_adapter(model, adapter: str, base: str) -> Path:
+    """Write a peft model's adapter into the folder `adapter` of data/, each file whole or not at all, and list the weights' SHA-256.
+
+    base: what the settings say it belongs to: no path of this machine. The names of layers are sorted, so that the same adapter gives the
+    same file. Returns the path of the weights.
+    """
+    folder = DATA / adapter
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "adapter_model.safetensors"
+    with tempfile.TemporaryDirectory() as parts:
+        model.save_pretrained(parts)
+        with whole_file(weights) as part:
+            shutil.copyfile(Path(parts) / weights.name, part)
+        config = json.loads((Path(parts) / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    config["target_modules"] = sorted(config["target_modules"])
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    record_sum(DATA, f"{adapter}/{weights.name}")
+    return weights
 
 
 def model_location(source: Model) -> str:

@@ -20,14 +20,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from labkit.files import DATA, write_text
-from labkit.instructions import names_in, places_named, plain_place
+from labkit.files import DATA, write_rows
+from labkit.instructions import SPLITS, names_in, places_named, plain_place
 from labkit.preference_judge import truth_of, written
 from labkit.storybook import Character, Dice, Place, Thing, book, compile_phrasing
 from labkit.storyquestions import Question, questions
 from labkit.storyworld import Story, Teller, tellers
 
-SPLITS = ("train", "validation", "test")
 GENERATED = {"train": 190, "validation": 38, "test": 66}  # pairs of each of kind, coherent and right
 WRITTEN_SHARE = {"test": 0.23, "validation": 0.13}  # of each situation's written pairs; the rest is train
 LONGEST_PASSAGE = 110  # words; with question and completion that stays under 256 tokens of the course's decoder
@@ -60,7 +59,6 @@ DEEDS = {  # kind and unkind steps for each situation, X acting on Y
 KIND_SORTS = ("plain", "turn", "stranger", "turn", "plain")
 COHERENT_SORTS = ("name", "place", "holder")
 NEUTRAL = ("play X Y", "praise X Y", "say_bye X Y", "invite X Y H", "thank X Y", "ask_help X Y")
-TOLD_BY = ("sentences", "where", "feels", "broken", "events", "mentioned", "spent", "subject", "around", "time")  # what telling changes
 
 
 @dataclass(eq=False)
@@ -100,7 +98,7 @@ def build(seed: int = 0) -> dict[str, list[dict[str, str]]]:
 def write_files(folder: Path = DATA / "preferences", seed: int = 0) -> None:
     """Write train.jsonl, validation.jsonl and test.jsonl. Afterwards make data/SHA256SUMS anew."""
     for split, rows in build(seed).items():
-        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(folder / f"{split}.jsonl", rows)
 
 
 def as_messages(row: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
@@ -316,7 +314,7 @@ def _told_on(begun: Beginning, steps: list[str], swap: dict[str, Character] | No
     swap: a stranger in the place of a role; "" if the telling happens not to name them. None if the steps cannot happen.
     """
     teller, bound = begun.teller, begun.bound | (swap or {})
-    kept = {name: getattr(teller, name) for name in TOLD_BY}
+    kept = dict(vars(teller))
     for name, value in kept.items():
         if isinstance(value, (list, dict, set)):
             setattr(teller, name, value.copy())
@@ -336,5 +334,4 @@ def _told_on(begun: Beginning, steps: list[str], swap: dict[str, Character] | No
         text = " ".join(" ".join(teller.sentences).split())
         return text if all(character.name in text for character in (swap or {}).values()) else ""
     finally:
-        for name, value in kept.items():
-            setattr(teller, name, value)
+        vars(teller).update(kept)

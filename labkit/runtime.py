@@ -170,9 +170,7 @@ def quiet_libraries() -> None:
         target = logging.getLogger(logger)
         if not any(getattr(f, "__name__", "") == "_not_a_load_report" for f in target.filters):
             target.addFilter(_not_a_load_report)
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if _not_a_cast not in logger.filters:
-        logger.addFilter(_not_a_cast)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_a_cast)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel", category=UserWarning)
@@ -186,9 +184,7 @@ def quiet_imports() -> None:
     """
     import logging
 
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    if _not_a_missing_kernel not in logger.filters:
-        logger.addFilter(_not_a_missing_kernel)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_a_missing_kernel)
 
 
 def _not_a_load_report(record) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import hashlib
 import json
 import re
@@ -295,5 +296,10 @@ def training_rows(stream: np.ndarray, step: int, *, rows: int, context: int, see
         )
     per_pass = available // rows
     turn, position = divmod(step, per_pass)
-    chosen = np.random.default_rng([seed, turn]).permutation(available)[position * rows : (position + 1) * rows]
+    chosen = _order(seed, turn, available)[position * rows : (position + 1) * rows]
     return np.stack([stream[i * context : (i + 1) * context + 1] for i in chosen]).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=1)  # of a long stream it takes milliseconds, and a GPU's step takes no more
+def _order(seed: int, turn: int, available: int) -> np.ndarray:
+    return np.random.default_rng([seed, turn]).permutation(available)

@@ -7,21 +7,18 @@ Every choice is made on the validation split; the test split is read once, at th
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 
 import labkit
 from labkit.catalog import Model, entry
 from labkit.data import load_reviews
-from labkit.files import DATA, read_sums, sha256, whole_file, write_text
+from labkit.files import DATA, write_text
 from labkit.measure import accuracy_interval, bytes_on_disk, count_parameters
-from labkit.models import load_encoder, load_tokenizer
+from labkit.models import load_encoder, load_tokenizer, save_adapter
 from labkit.training import encode_rows, evaluate, train_model
 
-OUT = DATA / "models" / "reviews-lora"
+ADAPTER = "models/reviews-lora"
+OUT = DATA / ADAPTER
 RANK, ALPHA = 8, 16
 EPOCHS, BATCH_SIZE, LEARNING_RATE, MAX_LENGTH, SEED = 4, 16, 1e-3, 96, 0
 
@@ -54,26 +51,10 @@ def main() -> int:
 
     accuracy = accuracy_interval(evaluate(model, test, dtype=lab.dtype).correct)
     print(f"test accuracy {accuracy}")
-    save(model, source.package)
+    save_adapter(model, ADAPTER, source.package)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     write_text(OUT / "README.md", card(source, history.best, accuracy, len(test), trained, total))
     return 0
-
-
-def save(model, base: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json to OUT, and list the weights in data/SHA256SUMS, which the loader checks."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        with whole_file(OUT / "adapter_model.safetensors") as part:
-            shutil.copyfile(Path(folder) / "adapter_model.safetensors", part)
-        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base
-    config["target_modules"] = sorted(config["target_modules"])
-    write_text(OUT / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    weights = OUT / "adapter_model.safetensors"
-    sums = read_sums(DATA / "SHA256SUMS") | {weights.relative_to(DATA).as_posix(): sha256(weights)}
-    write_text(DATA / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
 def card(source: Model, chosen: dict, accuracy, rows: int, trained: int, total: int) -> str:

@@ -10,7 +10,6 @@ linear layers alone never learns to say <|end|>. The test split is read once, at
 from __future__ import annotations
 
 import copy
-import shutil
 import sys
 import tempfile
 
@@ -20,14 +19,14 @@ import labkit
 from labkit import instructions, measure
 from labkit.catalog import entry
 from labkit.data import load_instructions, load_pretraining_text
-from labkit.files import DATA, read_sums, sha256, write_text
-from labkit.models import load_decoder, load_tokenizer
+from labkit.files import DATA, write_text
+from labkit.models import load_decoder, load_tokenizer, save_adapter
 from labkit.runtime import quiet_libraries
+from labkit.tokens import CHAT_MARKS
 
 # ruff: noqa: E501 (rows of a table in the card)
-OUT = DATA / "models" / "decoder-sft-lora"
+ADAPTER = "models/decoder-sft-lora"
 RANK, ALPHA, EPOCHS, BATCH_SIZE, LEARNING_RATE, SEED = 16, 32, 5, 32, 3e-3, 0
-CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 STORIES = 700  # rows of plain text among the 2,760 instructions
 
 
@@ -42,7 +41,7 @@ def main() -> int:
     torch.manual_seed(SEED)
     tokenizer, base = load_tokenizer("decoder"), load_decoder().to(lab.device)
     tasks, text = load_instructions(), load_pretraining_text(train=STORIES, test=200)
-    chat_tokens = tokenizer.convert_tokens_to_ids(list(CHAT_TOKENS))
+    chat_tokens = tokenizer.convert_tokens_to_ids(list(CHAT_MARKS))
     settings = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", trainable_token_indices={"embed_tokens": chat_tokens}
     )
@@ -55,11 +54,8 @@ def main() -> int:
     accuracy = measure.accuracy_interval(right)
     print(f"exact match on test {accuracy}; stories, bits per byte: base {bits[0]:.3f}, with the adapter {bits[1]:.3f}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    save(model)
-    weights = OUT / "adapter_model.safetensors"
-    sums = read_sums(DATA / "SHA256SUMS") | {weights.relative_to(DATA).as_posix(): sha256(weights)}
-    write_text(DATA / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-    write_text(OUT / "README.md", card(accuracy, len(rows), bits, trained, weights.stat().st_size))
+    weights = save_adapter(model.half(), ADAPTER, "data/models/decoder")
+    write_text(DATA / ADAPTER / "README.md", card(accuracy, len(rows), bits, trained, weights.stat().st_size))
     return 0
 
 
@@ -72,7 +68,7 @@ def train(model, tokenizer, rows, stories: list[str], lab) -> None:
     examples = []
     for row in rows:
         whole = tokenizer.apply_chat_template(instructions.as_messages(row)["messages"])["input_ids"]
-        prompt = tokenizer.apply_chat_template(instructions.as_messages(row)["messages"][:1], add_generation_prompt=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(instructions.as_prompt_completion(row)["prompt"], add_generation_prompt=True)["input_ids"]
         examples.append({"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]})
     for story in stories:
         ids = [tokenizer.bos_token_id, *tokenizer(story)["input_ids"], tokenizer.eos_token_id][:256]
@@ -90,21 +86,11 @@ def train(model, tokenizer, rows, stories: list[str], lab) -> None:
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
-def save(model) -> None:
-    """The adapter's two files, in fp16, whole or not at all: written beside the folder, then moved."""
-    model.peft_config["default"].base_model_name_or_path = "data/models/decoder"
-    with tempfile.TemporaryDirectory(dir=OUT.parent) as folder:
-        model.half().save_pretrained(folder)
-        OUT.mkdir(exist_ok=True)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.move(f"{folder}/{name}", OUT / name)
-
-
 @torch.no_grad()
 def answers(model, tokenizer, rows, batch_size: int = 64) -> list[str]:
     """Greedy answers, in the order of the rows."""
     prompts = [
-        tokenizer.apply_chat_template(instructions.as_messages(row)["messages"][:1], tokenize=False, add_generation_prompt=True) for row in rows
+        tokenizer.apply_chat_template(instructions.as_prompt_completion(row)["prompt"], tokenize=False, add_generation_prompt=True) for row in rows
     ]
     order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]

@@ -61,9 +61,11 @@ def main() -> int:
         "real": (shuffled.select(range(ROWS)), shuffled.select(range(ROWS, ROWS + 500))),
         "written": (written["train"], written["validation"]),
     }
+    if args.train_on is not None:
+        sets = {args.train_on: sets[args.train_on]}
     tests = {"real": real["test"], "written": written["test"]}
     tests = {name: encode_rows(rows, tokenizer, args.test_length) for name, rows in tests.items()}
-    for name, parts in sets.items() if args.train_on is None else [(args.train_on, sets[args.train_on])]:
+    for name, parts in sets.items():
         train, validation = (encode_rows(rows, tokenizer, MAX_LENGTH) for rows in parts)
         model = EncoderClassifier(num_labels, args.seed)
         rate = args.learning_rate or 1e-4

@@ -23,6 +23,9 @@ PAIRS = [
 ]
 
 
+QUIET = {"bf16": False, "use_cpu": True, "report_to": "none", "activation_checkpointing": False, "disable_tqdm": True}  # of every trainer
+
+
 def tiny() -> nn.Module:
     torch.manual_seed(5)
     config = LlamaConfig(
@@ -53,17 +56,7 @@ def test_dpo_equals_trl_in_value_and_gradient(models, tmp_path, beta):
 
     theirs, reference = models
     ours = copy.deepcopy(theirs)
-    settings = DPOConfig(
-        str(tmp_path),
-        beta=beta,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        activation_checkpointing=False,
-        disable_dropout=True,
-        disable_tqdm=True,
-        max_length=None,
-    )
+    settings = DPOConfig(str(tmp_path), beta=beta, disable_dropout=True, max_length=None, **QUIET)
     trainer = DPOTrainer(theirs, reference, settings, train_dataset=Dataset.from_list(PAIRS), processing_class=load_tokenizer("decoder"))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     loss = trainer.compute_loss(trainer.model, dict(batch))
@@ -96,17 +89,13 @@ def test_rloo_advantages_equal_trl(tmp_path, models, beta):
     settings = RLOOConfig(
         str(tmp_path),
         beta=beta,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        activation_checkpointing=False,
-        disable_tqdm=True,
         num_generations=4,
         per_device_train_batch_size=8,
         steps_per_generation=1,
         max_completion_length=6,
         temperature=1.0,
         normalize_advantages=False,
+        **QUIET,
     )
     drawn = []
 
@@ -136,7 +125,7 @@ def test_bradley_terry_equals_the_reward_trainers_loss(tmp_path):
     model = LlamaForSequenceClassification(tiny().config)
     model.config.num_labels, model.config.pad_token_id = 1, load_tokenizer("decoder").pad_token_id
     model.score = nn.Linear(32, 1, bias=False)
-    settings = RewardConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", activation_checkpointing=False, disable_tqdm=True)
+    settings = RewardConfig(str(tmp_path), **QUIET)
     trainer = RewardTrainer(model, settings, train_dataset=Dataset.from_list(PAIRS), processing_class=load_tokenizer("decoder"))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     trainer.model.eval()

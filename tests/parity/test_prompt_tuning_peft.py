@@ -16,6 +16,10 @@ pytestmark = [
 
 N, SEQ, VOCABULARY = 5, 9, 60
 LENGTHS = [9, 6, 2, 7]
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 32, "initializer_range": 0.2,
+}  # fmt: skip
 
 
 def tiny(kind: str):
@@ -23,26 +27,8 @@ def tiny(kind: str):
 
     torch.manual_seed(1)
     if kind == "causal":
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            initializer_range=0.2,
-        )
-        return LlamaForCausalLM(config).eval()
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
-    return (BertModel if kind == "encoder" else BertForSequenceClassification)(config).eval()
+        return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    return (BertModel if kind == "encoder" else BertForSequenceClassification)(BertConfig(**SHAPE)).eval()
 
 
 TASKS = {"encoder": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS", "causal": "CAUSAL_LM"}

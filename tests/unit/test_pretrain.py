@@ -246,7 +246,7 @@ def test_documents_are_joined_by_marks():
 
 
 def test_the_chunked_loss_and_its_gradients_equal_pytorchs(monkeypatch):
-    monkeypatch.setattr(pretrain_module, "LOGITS_AT_ONCE", 7)
+    monkeypatch.setattr(pretrain_module, "LOGITS_AT_ONCE", {"cpu": 7})
     torch.manual_seed(0)
     hidden, weight = torch.randn(3, 10, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (3, 10))

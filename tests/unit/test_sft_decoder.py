@@ -8,14 +8,14 @@ import torch
 
 from labkit import instructions, models
 from labkit.data import load_instructions
-from labkit.files import DATA
-from labkit.models import load_decoder, load_sft_decoder, load_tokenizer
+from labkit.files import DATA, read_sums, sha256
+from labkit.models import load_decoder, load_sft_decoder, load_tokenizer, save_adapter
 
 FOLDER = DATA / "models" / "decoder-sft-lora"
 
 
 def asked(row: dict, tokenizer) -> str:
-    return tokenizer.apply_chat_template(instructions.as_messages(row)["messages"][:1], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(instructions.as_prompt_completion(row)["prompt"], tokenize=False, add_generation_prompt=True)
 
 
 def answer(model, tokenizer, row: dict) -> list[int]:
@@ -73,3 +73,18 @@ def test_a_missing_adapter_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "DATA", tmp_path)
     with pytest.raises(FileNotFoundError, match="git restore data.*make_sft_adapter.py"):
         load_sft_decoder()
+
+
+def test_what_is_saved_again_is_listed_and_the_same(monkeypatch, tmp_path):
+    from peft import PeftModel
+
+    base = load_decoder()
+    (tmp_path / "SHA256SUMS").write_text("1" * 64 + "  reviews/test.jsonl\n")
+    monkeypatch.setattr(models, "DATA", tmp_path)
+    model = PeftModel.from_pretrained(base, str(FOLDER))
+    weights = save_adapter(model.half(), "models/again", "data/models/decoder")
+    assert read_sums(tmp_path / "SHA256SUMS") == {"models/again/adapter_model.safetensors": sha256(weights), "reviews/test.jsonl": "1" * 64}
+    assert sha256(weights) == sha256(FOLDER / "adapter_model.safetensors")
+    config = json.loads((weights.parent / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "data/models/decoder" and config["target_modules"] == sorted(config["target_modules"])
+    assert sorted(path.name for path in weights.parent.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
