@@ -11,12 +11,12 @@ os.environ["LABKIT_PROGRESS"] = "off"
 # Kernels and subprocesses import tests/offline/sitecustomize.py at their start: it blocks every socket but loopback.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "tests" / "offline"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
-# Without bf16 in the processor a lab takes three to four times as long, and the whole series over two hours.
+# Without fast bf16 (AMX) a lab takes three to four times as long, and the whole series over two hours.
 LONG_IN_FP32 = ("05_adapters", "06_lora", "07_qlora", "08_quantization", "09_soft_prompts")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-lab", action="store_true", help="run labs 05 to 09 on a processor without bf16, too: over an hour more")
+    parser.addoption("--every-lab", action="store_true", help="run labs 05 to 09 on a processor without fast bf16, too: over an hour more")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
 
     if config.getoption("--every-lab") or choose_dtype(torch.device("cpu")) != torch.float32:
         return
-    wait = pytest.mark.skip(reason="slow without bf16: pass --every-lab")
+    wait = pytest.mark.skip(reason="slow without fast bf16 (AMX): pass --every-lab")
     for item in items:
         if item.path.suffix == ".ipynb" and item.path.stem in LONG_IN_FP32:
             item.add_marker(wait)
