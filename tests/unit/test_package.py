@@ -93,3 +93,23 @@ def test_what_bitsandbytes_says_when_it_is_imported_is_not_seen():
     code = "import labkit, logging, bitsandbytes; log = logging.getLogger('bitsandbytes.backends.cpu.ops'); "
     code += "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: no'); log.warning('something else')"
     assert python(code).stderr.splitlines() == ["something else"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({}, "float32"),
+        ({"avx512_bf16": True}, "float32"),  # measured slower than fp32
+        ({"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+    ],
+)
+def test_bf16_is_chosen_only_where_the_processor_has_matrix_tiles(monkeypatch, capabilities, dtype):
+    import torch
+
+    from labkit.runtime import choose_dtype
+
+    monkeypatch.delenv("LABKIT_DTYPE", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_dtype(torch.device("cpu")) == getattr(torch, dtype)
+    monkeypatch.setenv("LABKIT_DTYPE", "bf16")
+    assert choose_dtype(torch.device("cpu")) == torch.bfloat16
