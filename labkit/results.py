@@ -175,28 +175,28 @@ def cost_text(lab: str) -> str:
     result, run = found
     return (
         f"Time and memory: {run['seconds'] / 60:.1f} minutes and {run['peak_memory_bytes'] / 1e9:.1f} GB on {result['device']}, "
-        f"{result['dtype']} autocast."
+        f"{result['dtype']}{' autocast' * (result['dtype'] != 'float32')}."
     )
 
 
 def table_text(link_prefix: str) -> str:
     """The table of labs in Markdown: name, minutes, memory, headline result."""
     lines = ["| lab | minutes | memory | what it measured |", "|---|---|---|---|"]
-    device = None
+    where: dict[str, list[str]] = {}
     for path in _labs():
         found = _first_run(path.stem)
         minutes, memory, headline = ("", "", UNTITLED)
         if found is not None:
-            device, run = device or found[0], found[1]
+            result, run = found
+            machine = f"{result['device']}, {result['dtype']}{' autocast' * (result['dtype'] != 'float32')}, torch {result['versions']['torch']}"
+            where.setdefault(machine, []).append(path.stem[:2])
             minutes, memory = f"{run['seconds'] / 60:.1f}", f"{run['peak_memory_bytes'] / 1e9:.1f} GB"
             headline = run.get("headline") or f"{len(run['claims'])} claims hold"
         lines.append(f"| [{lab_title(path)}]({link_prefix}{path.name}) | {minutes} | {memory} | {headline} |")
-    if device:
-        lines += [
-            "",
-            f"Measured on {device['device']}, {device['dtype']} autocast, torch {device['versions']['torch']}, seed 0; "
-            "made by `python -m labkit results`.",
-        ]
+    if where:
+        usual, *others = sorted(where, key=lambda machine: -len(where[machine]))
+        exceptions = "".join(f"; {', '.join(where[machine])} on {machine}" for machine in others)
+        lines += ["", f"Measured on {usual}{exceptions}. Seed 0; made by `python -m labkit results`."]
     return "\n".join(lines)
 
 

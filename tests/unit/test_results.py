@@ -73,3 +73,15 @@ def test_unknown_labs_are_named(place, capsys):
 def test_generated_text_replaces_only_what_is_between_its_marks():
     assert results.replace_between("a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb", "x", "new") == "a\n<!-- x:begin -->\nnew\n<!-- x:end -->\nb"
     assert results.replace_between("no marks", "x", "new") == "no marks"
+
+
+def test_the_table_says_which_labs_were_measured_elsewhere(place):
+    (place / "results").mkdir()
+    for lab, dtype in (("01_a", "bfloat16"), ("02_b", "bfloat16"), ("03_c", "float32")):
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {lab}")]), place / f"{lab}.ipynb")
+        run = {"seed": 0, "seconds": 60, "peak_memory_bytes": 1e9, "headline": "h", "claims": []}
+        record = {"device": "cpu (X)", "dtype": dtype, "versions": {"torch": "2"}, "runs": [run]}
+        (place / "results" / f"{lab}.json").write_text(json.dumps(record), encoding="utf-8")
+    last = results.table_text("").splitlines()[-1]
+    assert last.startswith("Measured on cpu (X), bfloat16 autocast, torch 2; 03 on cpu (X), float32, torch 2. Seed 0")
+    assert results.cost_text("03_c").endswith("on cpu (X), float32.")
