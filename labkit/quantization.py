@@ -329,13 +329,15 @@ def _frozen_bytes(tensor: Tensors, method: str, dtype: torch.dtype, block_size: 
     return math.ceil(tensor.each / 2) + (4 * blocks if method == "nf4" else blocks + 4 * math.ceil(blocks / 256) + 4)
 
 
-def activation_memory(config, batch_size: int, seq: int, method: str = "full", *, rank: int = 8, targets_per_layer: int = 6) -> int:
+def activation_memory(config, batch_size: int, seq: int, method: str = "full", *, rank: int = 8, targets_per_layer: int = 6,
+                      device: str = "cpu") -> int:
     """Bytes that autograd keeps of one forward pass of BERT's or DistilBERT's body in training, for the backward pass, by arithmetic.
 
     In fp32, with plain attention, dropout on hidden vectors and none on attention weights. A token needs, in each layer: its input, query,
     key, value, mixed value, one or two dropout masks, the inputs of both layer norms and the first one's output; both sides of the
     activation function; a row of attention weights for each head; four statistics. method: "full", or any of METHODS for frozen layers
-    with LoRA of `rank` on so many of them in each layer: that saves what the embeddings keep, and nothing else.
+    with LoRA of `rank` on so many of them in each layer: that saves what the embeddings keep, and nothing else. PyTorch keeps a dropout mask
+    in 4 bytes a number on a "cpu", and in one byte on any other device.
     Raises ValueError for another type of model or method.
     """
     if config.model_type not in ("bert", "distilbert"):
@@ -343,7 +345,8 @@ def activation_memory(config, batch_size: int, seq: int, method: str = "full", *
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or config.hidden_dim
-    vectors = 10 if config.model_type == "bert" else 9  # DistilBERT has no dropout after attention
-    layer = vectors * hidden + 2 * inner + config.num_attention_heads * seq + 4 + (0 if method == "full" else targets_per_layer * rank)
-    embeddings = 2 * hidden + 2 if method == "full" else 0
-    return 4 * batch_size * seq * (config.num_hidden_layers * layer + hidden + embeddings)
+    masks = 2 if config.model_type == "bert" else 1  # DistilBERT has no dropout after attention
+    mask = hidden if device == "cpu" else hidden / 4  # in numbers of 4 bytes
+    layer = 8 * hidden + masks * mask + 2 * inner + config.num_attention_heads * seq + 4 + (0 if method == "full" else targets_per_layer * rank)
+    embeddings = hidden + mask + 2 if method == "full" else 0
+    return round(4 * batch_size * seq * (config.num_hidden_layers * layer + hidden + embeddings))

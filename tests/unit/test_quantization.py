@@ -499,6 +499,12 @@ def test_predicted_activations_are_within_two_percent_of_what_autograd_keeps(con
     assert loss.requires_grad
 
 
+def test_a_gpu_keeps_a_dropout_mask_in_a_byte():
+    config = BertConfig(**SMALL)
+    masks = 4 * 24 * config.hidden_size * (2 * config.num_hidden_layers + 1)  # numbers in them, one mask more after the embeddings
+    assert activation_memory(config, 4, 24) - activation_memory(config, 4, 24, device="cuda") == 3 * masks
+
+
 def test_activations_name_what_is_wrong():
     with pytest.raises(ValueError, match="what 'llama' keeps .* is not known here: use bert or distilbert"):
         activation_memory(LLAMA_7B, 1, 8)
