@@ -329,8 +329,9 @@ def _frozen_bytes(tensor: Tensors, method: str, dtype: torch.dtype, block_size: 
     return math.ceil(tensor.each / 2) + (4 * blocks if method == "nf4" else blocks + 4 * math.ceil(blocks / 256) + 4)
 
 
-def activation_memory(config, batch_size: int, seq: int, method: str = "full", *, rank: int = 8, targets_per_layer: int = 6,
-                      device: str = "cpu") -> int:
+def activation_memory(
+    config, batch_size: int, seq: int, method: str = "full", *, rank: int = 8, targets_per_layer: int = 6, device: str = "cpu"
+) -> int:
     """Bytes that autograd keeps of one forward pass of BERT's or DistilBERT's body in training, for the backward pass, by arithmetic.
 
     In fp32, with plain attention, dropout on hidden vectors and none on attention weights. A token needs, in each layer: its input, query,
