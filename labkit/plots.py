@@ -129,7 +129,10 @@ def before_after(
 
 
 def lines(series: Mapping[str, Mapping[float, float]], title: str, xlabel: str, ylabel: str) -> Figure:
-    """A line through the points {x: y} of each name, from zero up; a single unnamed series has no legend. Whole numbers x get whole ticks."""
+    """A line through the points {x: y} of each name, from zero up unless a y is negative; a single unnamed series has no legend.
+
+    The points are joined in the order given. Whole numbers x get whole ticks.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, (ax,) = _figure(7.0, 3.4)
@@ -137,7 +140,8 @@ def lines(series: Mapping[str, Mapping[float, float]], title: str, xlabel: str, 
         ax.plot(list(points), list(points.values()), marker=mark, markersize=4, color=colour, label=name)
     if all(isinstance(x, int) for points in series.values() for x in points):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    negative = any(y < 0 for points in series.values() for y in points.values())
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(None if negative else 0, None))
     if list(series) != [""]:
         ax.legend(frameon=False, fontsize=9)
     _title(figure, title)
