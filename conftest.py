@@ -12,11 +12,11 @@ os.environ["LABKIT_PROGRESS"] = "off"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "tests" / "offline"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 # Without fast bf16 (AMX) a lab takes three to four times as long, and the whole series over two hours.
-LONG_IN_FP32 = ("05_adapters", "06_lora", "07_qlora", "08_quantization", "09_soft_prompts")
+LONG_IN_FP32 = ("05_adapters", "06_lora", "07_qlora", "08_quantization", "09_soft_prompts", "10_alignment")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-lab", action="store_true", help="run labs 05 to 09 on a processor without fast bf16, too: over an hour more")
+    parser.addoption("--every-lab", action="store_true", help="run labs 05 to 10 on a processor without fast bf16, too: over an hour more")
 
 
 def pytest_collection_modifyitems(config, items):
