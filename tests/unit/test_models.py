@@ -36,6 +36,13 @@ def test_the_head_is_drawn_from_the_seed_and_the_global_random_state_is_left_alo
         load_encoder(1)
 
 
+def test_dropout_is_the_models_own_or_the_one_asked_for():
+    shares = {share: {m.p for m in load_encoder(dropout=share).modules() if isinstance(m, torch.nn.Dropout)} for share in (None, 0.0, 0.3)}
+    assert shares == {None: {0.0, 0.1}, 0.0: {0.0}, 0.3: {0.0, 0.3}}
+    with pytest.raises(ValueError, match="dropout is 1: choose a share from 0 to below 1"):
+        load_encoder(dropout=1)
+
+
 def test_loading_is_silent():
     code = (
         "import labkit; labkit.start('x'); from labkit.models import load_encoder, load_tokenizer; load_encoder(2); load_tokenizer(); load_encoder()"
