@@ -30,3 +30,10 @@ def test_forgetting_marks_where_each_text_began():
     for ax in plots.forgetting({"stories": runs, "reviews": runs}, "", "x", "y").axes:
         assert drawn(ax, 0) == ([0, 5], [10.0, 20.0]) and drawn(ax, 1) == ([0, 5], [10.0, 12.0])
         assert drawn(ax, 2)[1] == [10.0, 10.0]
+
+
+def test_lines_begin_at_zero_unless_a_value_is_negative():
+    above = plots.lines({"a": {1: 0.5, 2: 3.0}}, "title", "x", "y").axes[0]
+    below = plots.lines({"a": {1: 0.5, 2: 3.0}, "b": {1: -0.4, 2: 1.0}}, "title", "x", "y").axes[0]
+    assert above.get_ylim()[0] == 0 and below.get_ylim()[0] < -0.4
+    assert list(above.get_xticks()) == [int(x) for x in above.get_xticks()]
