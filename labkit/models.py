@@ -47,11 +47,11 @@ def load_encoder(num_labels: int | None = None, *, seed: int = 0, dtype=None, dr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(location)
-        for name in {"attention_probs_dropout_prob", "attention_dropout"} & set(config.to_dict()):  # BERT's name, DistilBERT's name
-            setattr(config, name, 0.0)
+        shares = {"attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}  # BERT's name, DistilBERT's name
         if dropout is not None:
-            for name in {"hidden_dropout_prob", "dropout"} & set(config.to_dict()):
-                setattr(config, name, dropout)
+            shares |= {"hidden_dropout_prob": dropout, "dropout": dropout}
+        for name in shares.keys() & config.to_dict().keys():
+            setattr(config, name, shares[name])
         config.num_labels = num_labels or config.num_labels
         # On a CPU the plain attention trains 1.4 times faster in bf16 than the fused one, whose backward pass is slow there.
         attention = "sdpa" if torch.cuda.is_available() else "eager"
