@@ -108,19 +108,23 @@ def load_classifier() -> PreTrainedModel:
     return model.eval()
 
 
-def load_sft_decoder() -> PreTrainedModel:
-    """The decoder after supervised fine-tuning on instructions, in eval mode, fp32. Its tokenizer: `load_tokenizer("sft_decoder")`.
+def load_sft_decoder(*, dtype=None) -> PreTrainedModel:
+    """The decoder after supervised fine-tuning on instructions, in eval mode, fp32 unless `dtype` says otherwise.
 
-    Offline it is the decoder with a LoRA adapter merged into it. Raises FileNotFoundError or ValueError (with the remedy) as
-    `load_classifier` does.
+    Its tokenizer: `load_tokenizer("sft_decoder")`. Offline it is the decoder with a LoRA adapter merged into it, in fp32; only then the
+    parameters are rounded to `dtype`. The frequencies of the rotary positions are no parameters and stay in fp32.
+    Raises FileNotFoundError or ValueError (with the remedy) as `load_classifier` does.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    source = entry("sft_decoder")
+    source, dtype = entry("sft_decoder"), dtype or torch.float32
     if source.adapter is None:
-        return AutoModelForCausalLM.from_pretrained(model_location(source), dtype=torch.float32).eval()
-    return _with_adapter(load_decoder(), source.adapter, "make_sft_adapter.py").eval()
+        return AutoModelForCausalLM.from_pretrained(model_location(source), dtype=dtype).eval()
+    model = _with_adapter(load_decoder(), source.adapter, "make_sft_adapter.py").eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _with_adapter(model: PreTrainedModel, adapter: str, script: str) -> PreTrainedModel:

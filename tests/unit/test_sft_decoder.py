@@ -37,6 +37,15 @@ def test_it_is_the_decoder_with_the_adapter_merged_in():
         assert torch.allclose(merged(**batch).logits, apart(**batch).logits, atol=1e-3)
 
 
+def test_a_dtype_rounds_the_merged_weights_and_leaves_the_positions_exact():
+    merged, rounded = load_sft_decoder(), load_sft_decoder(dtype=torch.bfloat16)
+    assert rounded.lm_head.weight is rounded.model.embed_tokens.weight, "still tied"
+    for (name, parameter), exact in zip(rounded.named_parameters(), merged.parameters(), strict=True):
+        assert torch.equal(parameter, exact.to(torch.bfloat16)), name
+    assert torch.equal(rounded.model.rotary_emb.inv_freq, merged.model.rotary_emb.inv_freq)
+    assert load_decoder(dtype=torch.bfloat16).model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_it_answers_and_stops_where_the_base_tells_on():
     rows = load_instructions()["validation"].select(range(0, 120, 4))
     tokenizer = load_tokenizer("sft_decoder")
