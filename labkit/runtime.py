@@ -30,6 +30,7 @@ def start(name: str) -> Lab:
     import torch
 
     quiet_libraries()
+    keep_freed_memory()
     seed = _seed_from_environment()
     device = choose_device()
     dtype = choose_dtype(device)
@@ -146,6 +147,22 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep up to 1 GiB that tensors have freed, for the next ones. Returns whether it could be asked to.
+
+    PyTorch frees a CPU tensor to the C library, and glibc soon gives the pages back to the system. The next step of a training gets
+    them anew, and waits while they are zeroed. Blocks above 64 MiB still go back at once. Does nothing without glibc (macOS, Windows,
+    musl). Source: mallopt(3); measured by tests/benchmarks/freed_memory.py.
+    """
+    import ctypes
+
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in glibc's malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(mmap_threshold, 64 * 2**20) and mallopt(trim_threshold, 2**30))
 
 
 def quiet_libraries() -> None:
