@@ -150,11 +150,11 @@ def peak_memory_bytes() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep up to 1 GiB that tensors have freed, for the next ones. Returns whether it could be asked to.
+    """Let the C library keep up to 512 MiB that tensors have freed, for the next ones. Returns whether it could be asked to.
 
     PyTorch frees a CPU tensor to the C library, and glibc soon gives the pages back to the system. The next step of a training gets
-    them anew, and waits while they are zeroed. Blocks above 64 MiB still go back at once. Does nothing without glibc (macOS, Windows,
-    musl). Source: mallopt(3); measured by tests/benchmarks/freed_memory.py.
+    them anew, and waits while they are zeroed. Blocks above 32 MiB still go back at once, so that large tensors leave no holes behind.
+    Does nothing without glibc (macOS, Windows, musl). Source: mallopt(3); measured by tests/benchmarks/freed_memory.py.
     """
     import ctypes
 
@@ -162,7 +162,7 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_threshold = -1, -3  # their numbers in glibc's malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(mmap_threshold, 64 * 2**20) and mallopt(trim_threshold, 2**30))
+    return bool(mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, 512 * 2**20))
 
 
 def quiet_libraries() -> None:
