@@ -43,7 +43,7 @@ def test_hub_profile_leaves_the_switches_alone():
 def test_freed_memory_is_kept_for_the_next_tensor():
     code = (
         "import resource, torch; from labkit.runtime import keep_freed_memory; kept, faults = keep_freed_memory(), []\n"
-        "for _ in range(30): [torch.zeros(4_000_000) for _ in range(10)]; faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+        "for _ in range(30): [torch.zeros(1_000_000) for _ in range(40)]; faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
         "print(kept, faults[-1] - faults[-11])"
     )
     kept, faults = python(code).stdout.split()
