@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def start(name: str) -> Lab:
-    """Seed everything, choose device and dtype, quieten known messages, print three lines on what runs where.
+    """Seed everything, choose device and dtype, quieten known messages, keep freed memory, print three lines on what runs where.
 
     name: the notebook's name without its ending, for example "03_finetuning_pytorch".
     Settings come from the environment: LABKIT_SEED (0), LABKIT_DTYPE (bf16 autocast where the device is faster in it, else fp32),
