@@ -1,6 +1,6 @@
 """What `keep_freed_memory` saves: `python tests/benchmarks/freed_memory.py [rounds]`. Needs about half a minute a round.
 
-Two processes at a time, one with it and one without, in alternation, so that a busy machine slows both. Prints seconds of a training
+Each round runs two processes, one after the other, with it and without, in changing order. Prints seconds of a training
 step of the encoder, full and with LoRA, CPU seconds spent in the system, and the largest resident memory, each as the median ratio of
 with to without, best below 1.
 """
