@@ -165,6 +165,7 @@ def train_model(
     warmup: float = 0.1,
     max_grad_norm: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = None,
     seed: int = 0,
     collate: Collate = collate_batch,
     evaluate_every: int | None = None,
@@ -180,8 +181,10 @@ def train_model(
     The model is validated every `evaluate_every` steps (default: every epoch). At the end it holds the weights with the best
     validation result, by `keep_best`: "loss", "accuracy" (ties go to the lower loss) or None for the last weights; training stops
     after `patience` evaluations without a better one.
-    dtype: autocast dtype of the forward pass. learning_rate is the peak; only parameters with requires_grad are trained; weight
-    decay is not applied to biases, norms and other one-dimensional parameters. Order of rows and dropout depend on `seed` alone.
+    dtype: autocast dtype of the forward pass. frozen_dtype: dtype in which the matrices that do not train are kept meanwhile, so that
+    autocast need not convert them in every step (None leaves them as they are); afterwards they are what they were, bit for bit.
+    learning_rate is the peak; only parameters with requires_grad are trained; weight decay is not applied to biases, norms and other
+    one-dimensional parameters. Order of rows and dropout depend on `seed` alone.
     checkpoint: a file written every `checkpoint_every` steps and on Ctrl-C, removed at the end; with resume=True a run goes on from it,
     to the same final weights bit for bit, and starts from the beginning when there is none.
     Raises TrainingDiverged when the loss is not finite, ValueError when there is nothing to train or the checkpoint is of another run,
@@ -216,12 +219,14 @@ def train_model(
         "keep_best": keep_best,
         "patience": patience,
         "dtype": str(dtype),
+        "frozen_dtype": str(frozen_dtype),
     }
     optimizer = _adamw(parameters, learning_rate, weight_decay)
     history, done, best = History(), 0, None
     device = parameters[0].device
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), interrupt_between_steps() as interrupted:
+    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with rng, frozen_matrices_in(frozen_dtype, model), interrupt_between_steps() as interrupted:
         torch.manual_seed(seed)
         if resume and Path(checkpoint).exists():
             state, best = load_checkpoint(checkpoint, model, optimizer, settings)
@@ -265,8 +270,8 @@ def train_model(
                 if interrupted.is_set():
                     advice = f"call again with resume=True to go on from {checkpoint}" if checkpoint else "pass checkpoint= to be able to go on later"
                     raise KeyboardInterrupt(f"stopped after step {step + 1} of {total_steps}; {advice}")
-    if best is not None:
-        model.load_state_dict(best)
+        if best is not None:
+            model.load_state_dict(best)
     optimizer.zero_grad(set_to_none=True)  # gradients would stay in memory as long as the model
     model.eval()
     if checkpoint is not None:
@@ -301,6 +306,23 @@ def _adamw(parameters: list[nn.Parameter], learning_rate: float, weight_decay: f
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=parameters[0].device.type in ("cpu", "cuda"))
+
+
+@contextlib.contextmanager
+def frozen_matrices_in(dtype: torch.dtype | None, model: nn.Module) -> Iterator[None]:
+    """While open, the floating-point matrices of `model` that do not train are in `dtype`; None changes nothing.
+
+    Afterwards they are the tensors they were. One-dimensional parameters stay as they are: a norm needs weight and bias in one dtype.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.ndim > 1 and p.is_floating_point()] if dtype is not None else []
+    originals = [p.data for p in frozen]
+    try:
+        for p in frozen:
+            p.data = p.data.to(dtype)
+        yield
+    finally:
+        for p, original in zip(frozen, originals):
+            p.data = original
 
 
 @contextlib.contextmanager

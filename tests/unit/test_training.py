@@ -106,6 +106,32 @@ def test_frozen_parameters_stay_and_nothing_to_train_is_an_error():
         train_model(model.requires_grad_(False), rows(32), rows(16), epochs=1)
 
 
+@pytest.mark.parametrize("keep_best", ["loss", None])
+def test_frozen_matrices_are_in_their_dtype_while_it_trains_and_themselves_afterwards(keep_best):
+    model, seen = classifier(), []
+    model.blocks.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.register_forward_hook(lambda *_: seen.append({name: p.dtype for name, p in model.named_parameters()}))
+    train_model(model, rows(32), rows(16, seed=1), epochs=2, dtype=torch.bfloat16, frozen_dtype=torch.bfloat16, keep_best=keep_best)
+    rounded = {name for name, dtype in seen[0].items() if dtype == torch.bfloat16}
+    assert len(seen) > 4 and all(dtypes == seen[0] for dtypes in seen)
+    assert rounded == {name for name, p in before.items() if name.startswith("blocks.") and p.ndim > 1}
+    after = dict(model.named_parameters())
+    assert all(p.dtype == torch.float32 for p in after.values())
+    assert all(torch.equal(after[name], p) for name, p in before.items() if name.startswith("blocks."))
+    assert not all(torch.equal(after[name], p) for name, p in before.items())
+
+
+def test_frozen_matrices_come_back_when_training_stops_by_an_error():
+    model = classifier()
+    model.blocks.requires_grad_(False)
+    model.classifier.weight.data.fill_(math.nan)
+    before = [p.clone() for p in model.blocks.parameters()]
+    with pytest.raises(TrainingDiverged):
+        train_model(model, rows(64), rows(16), epochs=1, frozen_dtype=torch.bfloat16, dtype=torch.bfloat16)
+    assert all(torch.equal(p, old) for p, old in zip(model.blocks.parameters(), before, strict=True))
+
+
 def test_a_loss_that_is_not_finite_stops_with_a_remedy():
     model = classifier()
     model.classifier.weight.data.fill_(math.nan)
