@@ -111,6 +111,12 @@ def bucket_batches(lengths: Sequence[int], batch_size: int, seed: int, pool: int
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of row numbers, shortest rows first: little padding where the order of the rows does not matter."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def linear_schedule(step: int, total_steps: int, warmup: float = 0.1) -> float:
     """The factor on the learning rate at `step` (from 0): up linearly over the first `warmup` share of the steps, then down to 0."""
     warmup_steps = max(1, round(warmup * total_steps))
@@ -137,19 +143,16 @@ def evaluate(
     """
     if len(rows) == 0:
         raise ValueError("evaluate was given no rows")
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    batches = sorted_batches([len(row["input_ids"]) for row in rows], batch_size)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        parts = [
-            predict_logits(model, collate([rows[i] for i in order[start : start + batch_size]]), dtype).cpu()
-            for start in range(0, len(order), batch_size)
-        ]
+        found = torch.cat([predict_logits(model, collate([rows[i] for i in batch]), dtype).cpu() for batch in batches])
     finally:
         for module, mode in modes:
             module.training = mode
-    logits = torch.empty_like(torch.cat(parts))
-    logits[torch.tensor(order)] = torch.cat(parts)
+    logits = torch.empty_like(found)
+    logits[torch.tensor([i for batch in batches for i in batch])] = found
     return Evaluation(logits, torch.tensor([row["label"] for row in rows]))
 
 

@@ -21,6 +21,7 @@ from labkit.training import (
     collate_batch,
     evaluate,
     linear_schedule,
+    sorted_batches,
     train_model,
 )
 
@@ -156,6 +157,11 @@ def test_best_by_accuracy_keeps_the_most_accurate_weights():
 def test_bad_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         train_model(classifier(), rows(8), rows(8), **options)
+
+
+def test_sorted_batches_hold_every_row_once_shortest_first():
+    lengths = [5, 2, 9, 2, 7]
+    assert sorted_batches(lengths, 2) == [[1, 3], [0, 4], [2]] and sorted_batches([], 2) == []
 
 
 def test_evaluate_is_pure_and_gives_the_same_numbers_for_any_batch_size():
