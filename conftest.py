@@ -11,22 +11,20 @@ os.environ["LABKIT_PROGRESS"] = "off"
 # Kernels and subprocesses import tests/offline/sitecustomize.py at their start: it blocks every socket but loopback.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "tests" / "offline"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
-# Without fast bf16 (AMX) a lab takes three to four times as long, and the whole series over two hours.
-LONG_IN_FP32 = ("05_adapters", "06_lora", "07_qlora", "08_quantization", "09_soft_prompts", "10_alignment")
+# Without matrix tiles for bf16 (AMX) a lab takes up to four times as long, and the whole series over two hours.
+LONG_WITHOUT_TILES = ("05_adapters", "06_lora", "07_qlora", "08_quantization", "09_soft_prompts", "10_alignment")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-lab", action="store_true", help="run labs 05 to 10 on a processor without fast bf16, too: over an hour more")
+    parser.addoption("--every-lab", action="store_true", help="run labs 05 to 10 without matrix tiles for bf16, too: over an hour more")
 
 
 def pytest_collection_modifyitems(config, items):
     import torch
 
-    from labkit.runtime import choose_dtype
-
-    if config.getoption("--every-lab") or choose_dtype(torch.device("cpu")) != torch.float32:
+    if config.getoption("--every-lab") or torch.cpu.get_capabilities().get("amx_bf16"):
         return
-    wait = pytest.mark.skip(reason="slow without fast bf16 (AMX): pass --every-lab")
+    wait = pytest.mark.skip(reason="slow without matrix tiles for bf16 (AMX): pass --every-lab")
     for item in items:
-        if item.path.suffix == ".ipynb" and item.path.stem in LONG_IN_FP32:
+        if item.path.suffix == ".ipynb" and item.path.stem in LONG_WITHOUT_TILES:
             item.add_marker(wait)

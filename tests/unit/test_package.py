@@ -111,11 +111,13 @@ def test_what_bitsandbytes_says_when_it_is_imported_is_not_seen():
     ("capabilities", "dtype"),
     [
         ({}, "float32"),
+        ({"cpu_name": "AMD EPYC"}, "float32"),
         ({"avx512_bf16": True}, "float32"),  # measured slower than fp32
-        ({"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, "bfloat16"),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, "bfloat16"),
     ],
 )
-def test_bf16_is_chosen_only_where_the_processor_has_matrix_tiles(monkeypatch, capabilities, dtype):
+def test_bf16_is_chosen_only_where_the_processor_is_faster_in_it(monkeypatch, capabilities, dtype):
     import torch
 
     from labkit.runtime import choose_dtype
