@@ -3,8 +3,9 @@
 import pytest
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
-from labkit.kv_cache import ROOM, RoomyLayer, roomy_cache
+from labkit.kv_cache import ROOM, RoomyLayer, roomy_cache, writing_cache
 
 
 def llama():
@@ -79,3 +80,21 @@ def test_a_row_that_was_dropped_does_not_write_into_the_others():
 def test_training_through_it_is_an_error():
     with pytest.raises(RuntimeError, match="written in place .* use torch.no_grad"):
         llama()(torch.ones(1, 3, dtype=torch.long), past_key_values=roomy_cache(), use_cache=True)
+
+
+@pytest.mark.parametrize(
+    "dtype, tiles, attention, layer",
+    [
+        (torch.float32, False, "sdpa", RoomyLayer),
+        (torch.bfloat16, True, "sdpa", RoomyLayer),
+        (torch.bfloat16, False, "eager", DynamicLayer),
+    ],
+)
+def test_the_cache_to_write_with_goes_with_an_attention(monkeypatch, dtype, tiles, attention, layer):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
+    model = llama().to(dtype)
+    cache = writing_cache(model)
+    with torch.no_grad():
+        model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+    assert model.config._attn_implementation == attention
+    assert {type(one) for one in cache.layers} == {layer}
